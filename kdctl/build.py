@@ -1,0 +1,266 @@
+"""From an Experiment to objects: the one place where configuration and code meet."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdctl import registry
+from kdctl.config.schema import Experiment, LossSpec, ModelSpec, Normalize, TeacherSpec, TrainStage
+from kdctl.data.augment import Augment
+from kdctl.data.loader import TrainLoader
+from kdctl.data.prepare import Data, prepare
+from kdctl.errors import ConfigError, Problem
+from kdctl.losses.base import DryRun, Loss
+from kdctl.methods.base import Method, Term
+from kdctl.models import record as records
+from kdctl.models.record import Model, ModelRecord
+from kdctl.models.weights import load_weights
+from kdctl.optim.optimizers import build_optimizer
+from kdctl.optim.schedules import WeightSchedule
+from kdctl.signals import IGNORE, Batch, Signals
+from kdctl.taps import Taps
+from kdctl.tasks.base import Task
+from kdctl.teachers.live import LiveTeacher
+
+IMAGENET = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+_DRY_RUN_SAMPLES = 8
+
+
+@dataclass
+class Built:
+    """One training stage as objects."""
+
+    task: Task
+    data: Data
+    loader: TrainLoader
+    method: Method
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int, int, int], float]
+    teachers: list[Model]
+    device: torch.device
+    precision: str
+
+
+def build_task(experiment: Experiment) -> Task:
+    return registry.create("tasks", experiment.task.kind, experiment.task.arguments)
+
+
+def build_data(experiment: Experiment) -> Data:
+    return prepare(experiment.data)
+
+
+def seed_everything(seed: int, *names: str) -> None:
+    """Seeds torch from the run's seed and what is about to be drawn, so that one stage's draws never shift another's."""
+    digest = hashlib.sha256("/".join([str(seed), *names]).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def build_model(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str], Path] | None = None) -> Model:
+    """A model of the given kind for this data, with its weights loaded where the spec names some.
+
+    stage_file gives the stem of the model that an earlier stage made. Raises ConfigError where class counts, channels
+    or names cannot match.
+    """
+    if spec.stage is not None and stage_file is not None:
+        model = records.load_model(stage_file(spec.stage))
+    elif spec.weights and _has_record(spec.weights):
+        model = records.load_model(Path(spec.weights))
+    else:
+        model = records.build_model(_record(spec, data))
+        if spec.weights:
+            load_weights(model.net, "pretrained" if spec.weights == "pretrained" else Path(spec.weights), spec.mapping)
+    _check_fits(model.record, data, key)
+    return model
+
+
+def _has_record(weights: str) -> bool:
+    """Whether the weights are kdctl's own: a run directory, or a file with its record beside it."""
+    path = Path(weights)
+    return path.is_dir() or (path.suffix in {".safetensors", ".json"} and path.with_suffix(".json").is_file())
+
+
+def _record(spec: ModelSpec, data: Data) -> ModelRecord:
+    normalize: dict[str, list[float]] | None
+    if spec.normalize == "none":
+        normalize = None
+    elif spec.normalize == "data":
+        normalize = {"mean": list(data.mean), "std": list(data.std)}
+    else:
+        chosen = IMAGENET if spec.normalize == "imagenet" else spec.normalize
+        normalize = {"mean": list(chosen.mean), "std": list(chosen.std)}
+    return ModelRecord(
+        kind=spec.kind,
+        arguments=spec.arguments,
+        num_classes=len(data.class_names),
+        class_names=list(data.class_names),
+        image_shape=list(data.image_shape),
+        normalize=normalize,
+        input_size=spec.input_size,
+    )
+
+
+def _check_fits(record: ModelRecord, data: Data, key: str) -> None:
+    if record.num_classes != len(data.class_names):
+        message = f"the model has {record.num_classes} classes, the data {len(data.class_names)}"
+        raise ConfigError(Problem(message, key=key, hint="name weights that were trained on these classes"))
+    if record.image_shape[0] != data.image_shape[0]:
+        message = f"the model takes {record.image_shape[0]} channels, the data have {data.image_shape[0]}"
+        raise ConfigError(Problem(message, key=key))
+
+
+# -------------------------------------------------------------------------------------------------------------- terms
+
+
+def _build_terms(specs: Sequence[LossSpec]) -> list[Term]:
+    terms = []
+    for spec in specs:
+        loss: Loss = registry.create("losses", spec.kind, spec.arguments)
+        loss.taps = tuple((t, t) if isinstance(t, str) else (t.student, t.teacher) for t in spec.taps)
+        if loss.needs_taps and not loss.taps:
+            hint = "add taps: [layer1, ...]; `kdctl explain " + spec.kind + "` says which it is meant for"
+            raise ConfigError(Problem("the term needs taps and has none", key=f"losses.{spec.label}", hint=hint))
+        terms.append(Term(spec.label, loss, WeightSchedule(spec.weight)))
+    return terms
+
+
+def _dry_run(
+    student: Model, teacher: LiveTeacher | None, terms: Sequence[Term], task: Task, batch: Batch, num_samples: int
+) -> None:
+    """Makes the adapters of every term from real shapes, then proves that each term's gradient reaches the student.
+
+    Works on a copy of the student in eval mode: no buffer of the real one moves.
+    """
+    trial = copy.deepcopy(student).eval()
+    taps = Taps(trial.net, sorted({s for term in terms for s, _ in term.loss.taps}))
+    signals = None
+    if teacher is not None:
+        signals = teacher(batch)
+        if signals.logits.shape[1:] != task.forward(trial, batch).shape[1:]:
+            message = f"the teacher's outputs are {tuple(signals.logits.shape[1:])}, the student's differ"
+            raise ConfigError(Problem(message, key="teacher"))
+    with taps.recording() as features:
+        outputs = task.forward(trial, batch)
+    seen = task.signals(outputs, batch, features)
+    for term in terms:
+        term.loss.setup(DryRun(task, batch, _detached(seen), signals, num_samples))
+    for term in terms:
+        term.loss.eval()
+        _check_gradient(term, trial, seen, signals, batch)
+        term.loss.train()
+
+
+def _detached(signals: Signals) -> Signals:
+    features = {tap: value.detach() for tap, value in signals.features.items()}
+    return Signals(signals.logits.detach(), signals.link, features, signals.keep, signals.class_dim)
+
+
+def _check_gradient(term: Term, student: Model, seen: Signals, teacher: Signals | None, batch: Batch) -> None:
+    key = f"losses.{term.name}"
+    value = term.loss(seen, teacher, batch)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    gradients: Sequence[torch.Tensor | None] = []
+    if value.requires_grad:
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    reached = [g for g in gradients if g is not None]
+    if not reached:
+        hint = "its taps may lie before every trained weight, or a tensor was detached on the way"
+        raise ConfigError(Problem("no gradient of this term reaches the student", key=key, hint=hint))
+    if not any(bool(g.any()) for g in reached):
+        warnings.warn(f"{key}: its gradient is zero on the first samples", stacklevel=2)
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+
+
+def build_stage(
+    experiment: Experiment,
+    stage: TrainStage,
+    data: Data,
+    stage_file: Callable[[str], Path],
+    start: Path | None = None,
+) -> Built:
+    """All objects of one training stage. `start` is the stem of the weights it starts from, None for fresh ones."""
+    settings = experiment.train
+    device = torch.device(settings.device)
+    task = build_task(experiment)
+    data = data.for_stage(stage.data)
+    spec = stage.student or experiment.student
+
+    seed_everything(settings.seed, stage.name, "student")
+    student = records.load_model(start) if start else build_model(spec, data, "student", stage_file)
+    for path in stage.frozen:
+        _submodule(student.net, path).requires_grad_(False)
+    teachers = [build_model(t, data, "teacher", stage_file) for t in stage.teachers]
+
+    seed_everything(settings.seed, stage.name, "terms")
+    terms = _build_terms(stage.losses)
+    taps = [t for term in terms for _, t in term.loss.taps]
+    loader = _loader(experiment, stage, data, device)
+    first = _first_batch(loader, data)
+    live = LiveTeacher(teachers, task, taps) if teachers else None
+    _dry_run(student, live, terms, task, first, len(data.train))
+
+    layout = torch.channels_last if settings.layout == "channels_last" else torch.contiguous_format
+    for model in (student, *teachers):
+        model.to(device, memory_format=layout)
+    for term in terms:
+        term.to(device)
+    method: Method = registry.create(
+        "methods", stage.method.kind, stage.method.arguments,
+        student=student, teacher=live, terms=terms, task=task, frozen=stage.frozen,
+    )  # fmt: skip
+    optimizer = build_optimizer(stage.optimizer.kind, stage.optimizer.arguments, method.trained)
+    schedule = registry.create("schedules", stage.schedule.kind, stage.schedule.arguments)
+    return Built(task, data, loader, method, optimizer, schedule.factor, teachers, device, str(settings.precision))
+
+
+def _submodule(net: nn.Module, path: str) -> nn.Module:
+    try:
+        return net.get_submodule(path)
+    except AttributeError:
+        raise ConfigError(Problem(f"the student has no module '{path}'", key="frozen")) from None
+
+
+def _loader(experiment: Experiment, stage: TrainStage, data: Data, device: torch.device) -> TrainLoader:
+    spec, changed = experiment.data, stage.data
+    steps = changed.augment if changed.augment is not None else spec.augment
+    return TrainLoader(
+        data.train,
+        batch_size=changed.batch_size or spec.batch_size,
+        augment=Augment([registry.create("augment", s.kind, s.arguments) for s in steps], seed=spec.augment_seed),
+        views=changed.views or spec.views,
+        order_seed=experiment.train.seed,
+        device=device,
+        workers=spec.workers,
+    )
+
+
+def _first_batch(loader: TrainLoader, data: Data) -> Batch:
+    """A few samples for the dry run, labelled ones where there are any."""
+    for batch in loader.epoch(0):
+        rows = torch.nonzero(batch.targets != IGNORE).flatten()
+        order = torch.cat([rows, torch.nonzero(batch.targets == IGNORE).flatten()])[:_DRY_RUN_SAMPLES].cpu()
+        return Batch(batch.inputs[order].cpu(), batch.targets[order].cpu(), batch.index[order].cpu(), batch.view[order].cpu())
+    raise ConfigError(Problem("there is no training sample", key="data"))
+
+
+def check_teachers(teachers: Sequence[Model], specs: Sequence[TeacherSpec], accuracy: Callable[[Model], Any]) -> None:
+    """Refuses a teacher that is no better than chance, unless it is declared a control."""
+    for model, spec in zip(teachers, specs, strict=True):
+        value, chance = accuracy(model)
+        if value <= chance and not spec.control:
+            message = f"the teacher is no better than chance: {value:.1f} against {chance:.1f} percent"
+            hint = "check its weights, `normalize` and class order; a deliberate control says `control: true`"
+            raise ConfigError(Problem(message, key="teacher", hint=hint))

@@ -1,0 +1,150 @@
+"""`kdctl`: the table of commands, and the one place that runs a verb and turns what goes wrong into text and exit code.
+
+To add a verb: write kdctl/cli/<verb>.py with one function (verb.py shows its form) and one line in COMMANDS. The
+function takes an options object and its own parameters, returns a Reply (a JSON-able dict and a function that shows it
+to people) and raises KdctlError. It never prints JSON, parses common options, catches errors or calls sys.exit: that
+happens here and in verb.py, so `--json`, `--quiet`, `--debug`, `--offline`, overrides, exit codes and broken pipes
+behave alike everywhere. A reply that is whole and still fails (a missed gate, an interrupted run) carries its error in
+`Reply.error`. Only the module of the verb that is run is imported, and a verb's module imports what is heavy inside its
+function: `--help` must not cost torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+
+from kdctl import __version__
+from kdctl.cli import console
+from kdctl.cli.verb import command, plain_flag, spare_pydantic
+from kdctl.errors import KdctlError, OutOfMemoryError, Problem, UsageError, did_you_mean
+
+COMMANDS = {
+    "init": ("kdctl.cli.init:init", "Write an experiment file to start from."),
+    "list": ("kdctl.cli.list:list_", "The catalogue: models, losses, data, templates, runs, ..."),
+    "explain": ("kdctl.cli.explain:explain", "One component or configuration key."),
+    "schema": ("kdctl.cli.schema:schema", "The JSON Schema of experiment files, for editors."),
+    "check": ("kdctl.cli.check:check", "Every problem of an experiment file at once, without torch."),
+    "show": ("kdctl.cli.show:show", "The resolved experiment, and where its values came from."),
+    "train": ("kdctl.cli.train:train", "Run every stage of an experiment."),
+    "resume": ("kdctl.cli.resume:resume", "Continue an unfinished run."),
+    "eval": ("kdctl.cli.eval:eval_", "Measure student and teacher on the same samples."),
+    "compress": ("kdctl.cli.compress:compress", "Quantize a run's student, re-load it and measure it again."),
+    "doctor": ("kdctl.cli.doctor:doctor", "The environment: what is missing or mismatched, and how to mend it."),
+}
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """A group that imports a verb's module only when that verb is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module, function = COMMANDS[cmd_name][0].split(":")
+        return command(cmd_name, getattr(importlib.import_module(module), function))
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        word = args[0]
+        if word not in COMMANDS and not word.startswith("-"):
+            hint = did_you_mean(word, COMMANDS) or "`kdctl --help` lists the commands"
+            raise UsageError(f"no such command '{word}'", hint=hint)
+        return super().resolve_command(ctx, args)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return plain_flag(super().get_help_option(ctx))
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    """Knowledge distillation and model compression from one YAML.
+
+    `kdctl init` writes an experiment, `kdctl train` runs it, `kdctl eval` measures the result, `kdctl compress` makes
+    it smaller. `kdctl COMMAND --help` explains a command.
+    """
+    if version:
+        print(f"kdctl {__version__}")
+        raise typer.Exit
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code; nothing that goes wrong leaves as a traceback."""
+    console.set_up()
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    try:
+        group = typer.main.get_command(app)
+        for parameter in group.params:
+            spare_pydantic(parameter, bool)
+        code = group.main(list(arguments) or ["--help"], prog_name="kdctl", standalone_mode=False)
+        sys.stdout.flush()
+        return code or 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(_as_kdctl_error(error), as_json)
+
+
+def _fail(error: KdctlError, as_json: bool) -> int:
+    if as_json:
+        console.print_json(error.as_dict())
+    else:
+        sys.stdout.flush()
+        console.print_error(error)
+    return error.code
+
+
+def _as_kdctl_error(error: Exception) -> KdctlError:
+    """Any exception as an error with an exit code; what nobody foresaw is called internal."""
+    if isinstance(error, KdctlError):
+        return error
+    if isinstance(error, _ClickUsageError):
+        context = getattr(error, "ctx", None)
+        hint = f"`{context.command_path} --help` shows what is allowed" if context else None
+        return UsageError(error.format_message(), hint=hint)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _is_allocation(error):
+        hint = "a smaller data.batch_size or data.eval_batch_size needs less; train.accumulate keeps the loss the same"
+        return OutOfMemoryError(f"memory does not suffice: {error}", hint=hint)
+    if isinstance(error, OSError):
+        return KdctlError(Problem(error.strerror or str(error), file=_text(error.filename)))
+    return KdctlError(
+        f"internal error: {type(error).__name__}: {error}",
+        hint="this is a fault of kdctl; run with --debug for the traceback",
+    )
+
+
+_ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer exports the subclass alone
+
+
+def _is_allocation(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _text(name: object) -> str | None:
+    return None if name is None else str(name)

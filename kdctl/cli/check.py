@@ -1,0 +1,131 @@
+"""`kdctl check`: every problem of an experiment at once, and the plan when there is none. Nothing is built for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from kdctl.cli import console
+from kdctl.cli.verb import Argument, ExperimentOptions, Reply
+from kdctl.errors import ConfigError, MissingError
+
+if TYPE_CHECKING:
+    from kdctl.config.schema import Component, Experiment, ModelSpec, OutputStage, TrainStage
+
+
+def check(options: ExperimentOptions, config: Annotated[str, Argument(help="The experiment file.")]) -> Reply:
+    """Every problem of an experiment file at once, with file, line and key; the plan of what would run when it is valid.
+
+    Needs no torch and writes nothing.
+    """
+    from pathlib import Path
+
+    from kdctl.config.expand import load_experiment
+
+    try:
+        experiment = load_experiment(Path(config), options.overrides).experiment
+    except (ConfigError, MissingError) as error:
+        return Reply({"errors": [], "plan": None}, _show_count(config, len(error.problems)), error)
+    return Reply({"errors": [], "plan": plan(experiment)}, _show)
+
+
+def plan(experiment: Experiment) -> dict[str, Any]:
+    """What an experiment comes to: data, models and stages, as plain values."""
+    data = experiment.data
+    return {
+        "name": experiment.name,
+        "task": experiment.task.kind,
+        "data": {
+            "kind": data.kind,
+            "batch_size": data.batch_size,
+            "val_fraction": data.val_fraction,
+            "labels_per_class": data.labels_per_class,
+            "augment": [a.kind for a in data.augment],
+        },
+        "student": _model(experiment.student),
+        "teacher": _teachers(experiment),
+        "stages": [_stage(stage) for stage in experiment.stages],
+    }
+
+
+def _teachers(experiment: Experiment) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for stage in experiment.train_stages:
+        found += [t for t in map(_model, stage.teachers) if t not in found]
+    return found
+
+
+def _model(spec: ModelSpec) -> dict[str, Any]:
+    return {"kind": spec.kind, "arguments": spec.arguments, "weights": spec.weights, "from": spec.stage}
+
+
+def _stage(stage: TrainStage | OutputStage) -> dict[str, Any]:
+    from kdctl.config.schema import TrainStage
+
+    if not isinstance(stage, TrainStage):
+        return {"name": stage.name, "kind": stage.kind, "arguments": stage.arguments}
+    return {
+        "name": stage.name,
+        "kind": stage.kind,
+        "role": stage.role,
+        "from": stage.start,
+        "epochs": stage.epochs,
+        "losses": [
+            {"kind": loss.kind, "name": loss.label, "weight": loss.weight, "arguments": loss.arguments}
+            for loss in stage.losses
+        ],
+        "optimizer": _component(stage.optimizer),
+        "schedule": _component(stage.schedule),
+    }
+
+
+def _component(component: Component) -> dict[str, Any]:
+    return {"kind": component.kind, "arguments": component.arguments}
+
+
+def _show_count(config: str, count: int) -> Any:
+    return lambda _: console.say(f"{config} is not valid: {count} problem{'s' * (count != 1)}")
+
+
+def _show(document: dict[str, Any]) -> None:
+    plan = document["plan"]
+    data = plan["data"]
+    labels = "every label" if data["labels_per_class"] == "all" else f"{data['labels_per_class']} labels a class"
+    augment = ", ".join(data["augment"]) or "no augmentation"
+    lines = [
+        ("valid", f"{plan['name']} ({plan['task']})"),
+        ("data", f"{data['kind']}, batch {data['batch_size']}, {labels}, {augment}"),
+        ("student", _model_text(plan["student"])),
+        *(("teacher", _model_text(teacher)) for teacher in plan["teacher"]),
+        *((f"stage {i}", _stage_text(stage)) for i, stage in enumerate(plan["stages"], 1)),
+    ]
+    for label, text in lines:
+        console.out(f"{label:<9}{text}")
+
+
+def _model_text(model: dict[str, Any]) -> str:
+    origin = f" from {model['weights']}" if model["weights"] else ""
+    origin += f" from stage {model['from']}" if model["from"] else ""
+    return model["kind"] + _arguments_text(model["arguments"]) + origin
+
+
+def _stage_text(stage: dict[str, Any]) -> str:
+    if "epochs" not in stage:
+        return f"{stage['name']}: {stage['kind']}{_arguments_text(stage['arguments'])}"
+    losses = " + ".join(
+        f"{_weight_text(loss['weight'])}{loss['kind']}{_arguments_text(loss['arguments'])}" for loss in stage["losses"]
+    )
+    optimizer = stage["optimizer"]
+    return (
+        f"{stage['name']}: {stage['epochs']} epochs, {losses or 'no loss'}, "
+        f"{optimizer['kind']}{_arguments_text(optimizer['arguments'])}, {stage['schedule']['kind']}"
+    )
+
+
+def _weight_text(weight: Any) -> str:
+    if isinstance(weight, dict):
+        return "{" + ", ".join(f"{epoch}: {value:g}" for epoch, value in weight.items()) + "} x "
+    return "" if weight == 1 else f"{weight:g} x "
+
+
+def _arguments_text(arguments: dict[str, Any]) -> str:
+    return f" ({', '.join(f'{k} {v}' for k, v in arguments.items())})" if arguments else ""

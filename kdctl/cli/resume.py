@@ -1,0 +1,22 @@
+"""`kdctl resume`: continues an unfinished run, and the group it belongs to."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from kdctl import runs
+from kdctl.cli import console
+from kdctl.cli.train import show
+from kdctl.cli.verb import Argument, Options, Reply
+
+
+def resume(
+    options: Options, run: Annotated[str, Argument(help="a run directory, or latest")] = "latest"
+) -> Reply:
+    """Continue an unfinished run exactly where it stopped."""
+    found = runs.find(run)
+    console.say("loading torch ...")
+    from kdctl import experiment
+    from kdctl.cli.progress import TextReporter
+
+    return Reply(experiment.resume(found, TextReporter(options.quiet)), show)

@@ -1,0 +1,96 @@
+"""`kdctl train`: every stage of an experiment, with seeds and the control where they are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from kdctl.cli import console
+from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
+from kdctl.errors import UsageError
+
+
+def train(
+    options: ExperimentOptions,
+    config: Annotated[str, Argument(help="an experiment file")],
+    run_dir: Annotated[str | None, Option("--run-dir", help="write the run here, not under runs/")] = None,
+    seeds: Annotated[int, Option("--seeds", min=1, help="repeat with this many seeds, as one group")] = 1,
+    with_baseline: Annotated[bool, Option("--with-baseline", help="also train the control: no teacher")] = False,
+    smoke: Annotated[bool, Option("--smoke", help="two steps of each stage on a slice; keeps nothing")] = False,
+) -> Reply:
+    """Run every stage of an experiment file."""
+    if run_dir and (seeds > 1 or with_baseline):
+        raise UsageError("--run-dir names one run, and a group has several", hint="leave --run-dir out")
+    from kdctl.config.expand import load_experiment
+
+    loaded = load_experiment(Path(config), options.overrides)
+    console.say("loading torch ...")
+    from kdctl import experiment
+    from kdctl.cli.progress import TextReporter
+
+    reporter = TextReporter(options.quiet)
+    if smoke:
+        return Reply(experiment.smoke(loaded.experiment, reporter), show)
+    source = Path(config).read_text(encoding="utf-8")
+    plan = experiment.Plan(loaded.experiment, source, seeds, with_baseline, Path(run_dir) if run_dir else None)
+    return Reply(experiment.train(plan, reporter), show)
+
+
+def show(document: dict[str, Any]) -> None:
+    """The result for people: student, teacher, control, and the verdict of a group."""
+    if document["status"] == "smoke":
+        console.out(f"smoke test passed: {', '.join(document['stages'])}")
+        return
+    if "seeds" in document:
+        _show_group(document)
+    else:
+        _show_run(document)
+    for note in document["notes"]:
+        console.out(f"note: {note}")
+
+
+def _show_run(document: dict[str, Any]) -> None:
+    student, teacher = document["student"], document["teacher"]
+    split = next(k for k in student["last"])
+    names = [n for n in ("top1", "top5", "nll", "ece") if n in student["last"][split]]
+    rows = [["student, best" if student["kept"] == "best" else "student, shipped", *_row(student["best"][split], names)]]
+    rows.append(["student, last epoch", *_row(student["last"][split], names)])
+    if teacher:
+        rows.append([f"teacher {teacher['kind']}", *_row(teacher[split], names)])
+    console.print_table([split, *names], rows)
+    console.out(f"student {student['kind']}: {student['parameters']:,} parameters, best epoch {student['best']['epoch']}")
+    if document["agreement"] is not None:
+        console.out(f"agreement with the teacher {document['agreement']:.2f} %")
+    console.out(f"run {document['run']}")
+    console.out(f"next: kdctl eval {document['run']}   kdctl compress {document['run']} --quantize int8")
+
+
+def _row(metrics: dict[str, float], names: list[str]) -> list[str]:
+    return [f"{metrics[name]:.2f}" if name != "nll" else f"{metrics[name]:.4f}" for name in names]
+
+
+def _show_group(document: dict[str, Any]) -> None:
+    summary = document["summary"]
+    metric = summary["metric"]
+    rows = []
+    for row in document["seeds"]:
+        value = row["student"]["test"][metric]
+        base = row["baseline"]["test"][metric] if row["baseline"] else None
+        gain = None if base is None else f"{value - base:+.2f}"
+        rows.append([str(row["seed"]), f"{value:.2f}", None if base is None else f"{base:.2f}", gain, row["run"]])
+    console.print_table(["seed", f"student {metric}", "control", "gain", "run"], rows)
+    for who in ("student", "baseline", "gain"):
+        if who in summary:
+            console.out(f"{who:<8} {_interval(summary[who])}")
+    teacher = document["teacher"]
+    if teacher:
+        console.out(f"teacher  {next(v for k, v in teacher.items() if k not in ('kind', 'parameters'))[metric]:.2f}")
+    console.out(f"verdict: {document['verdict']}")
+    console.out(f"group {document['group']}")
+
+
+def _interval(value: dict[str, Any]) -> str:
+    text = f"mean {value['mean']:.2f}"
+    if value["ci95"]:
+        text += f"  std {value['std']:.2f}  95 % interval {value['ci95'][0]:.2f} to {value['ci95'][1]:.2f}"
+    return f"{text}  n {value['n']}"

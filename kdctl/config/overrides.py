@@ -1,0 +1,155 @@
+"""Layers of an experiment: the file, the files it `extends:`, and `a.b=c` overrides, merged with every value's origin.
+
+Maps merge, lists and plain values replace. A later layer that changes a `kind` keeps the earlier arguments that the new
+kind also has; the others fall away (config/check.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdctl import registry
+from kdctl.config.yaml_io import Document, KeyPath, Origin, read_file, read_value
+from kdctl.errors import ConfigError, KdctlError, MissingError, Problem, did_you_mean
+
+LIST_GROUPS = {
+    "losses": "losses", "augment": "augment", "transfer": "data", "compress": "compressors", "export": "exporters",
+    "teacher": "models",
+}  # fmt: skip
+"""Lists whose items an override may name by kind: key of the list -> group of its components."""
+
+
+def load_document(path: Path, overrides: Sequence[str] = ()) -> Document:
+    """The merged document of a file. Raises ConfigError (all bad overrides at once) or MissingError."""
+    document = _read_chain(Path(path).absolute(), ())
+    problems: list[Problem] = []
+    for number, text in enumerate(overrides, start=1):
+        try:
+            _override(document, text, f"override {number}")
+        except KdctlError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    return document
+
+
+# --------------------------------------------------------------------------------------------------------- extending
+
+
+def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
+    document = read_file(path, "extends" if above else "file")
+    if "extends" not in document.data:
+        return document
+    origin = document.origins[("extends",)]
+    name = document.data.pop("extends")
+    for key in [k for k in document.origins if k[:1] == ("extends",)]:
+        del document.origins[key]
+    if not isinstance(name, str) or not name:
+        raise ConfigError(Problem(f"`extends` takes the path of one file, got {name!r}", str(path), origin.line, "extends"))
+    target = path.parent / Path(name).expanduser()
+    if target.resolve() in [p.resolve() for p in (*above, path)]:
+        way = " -> ".join(p.name for p in (*above, path, target))
+        raise ConfigError(Problem(f"files extend each other in a circle: {way}", str(path), origin.line, "extends"))
+    try:
+        base = _read_chain(target, (*above, path))
+    except MissingError as error:
+        if error.problems[0].file != str(target):
+            raise
+        message, hint = f"{target} does not exist", error.problems[0].hint
+        raise MissingError(Problem(message, str(path), origin.line, "extends", hint)) from None
+    base.main = str(path)
+    _merge(base, document)
+    return base
+
+
+def _merge(base: Document, over: Document) -> None:
+    def merge(old: dict[Any, Any], new: dict[Any, Any], path: KeyPath) -> None:
+        for key, value in new.items():
+            here = (*path, key)
+            if isinstance(value, dict) and isinstance(old.get(key), dict):
+                base.origins[here] = over.origins[here]
+                merge(old[key], value, here)
+            else:
+                if key in old:
+                    base.replaced[here] = old[key]
+                old[key] = value
+                _replace_origins(base.origins, here, over.origins)
+
+    merge(base.data, over.data, ())
+    base.origins[()] = over.origins[()]
+    base.replaced |= over.replaced
+
+
+def _replace_origins(origins: dict[KeyPath, Origin], path: KeyPath, new: dict[KeyPath, Origin]) -> None:
+    size = len(path)
+    for key in [k for k in origins if k[:size] == path]:
+        del origins[key]
+    origins.update({k: v for k, v in new.items() if k[:size] == path})
+
+
+# --------------------------------------------------------------------------------------------------------- overriding
+
+
+def _override(document: Document, text: str, name: str) -> None:
+    address, equals, written = text.partition("=")
+    segments = address.strip().split(".")
+    if not equals or not all(segments):
+        message = f"{text!r} is not an override: it takes the form a.b=c"
+        raise ConfigError(Problem(message, name, hint="for example train.epochs=10"))
+    value, origins = read_value(written, name)
+    path: KeyPath = ()
+    current: Any = document.data
+    for position, segment in enumerate(segments):
+        key = _step(current, path, segment, Problem("", name, key=address))
+        path = (*path, key)
+        if position == len(segments) - 1:
+            break
+        if isinstance(current, dict) and current.get(key) is None:
+            current[key] = {}
+            document.origins[path] = Origin(name, None, "override")
+        current = current[key]
+    if isinstance(current, dict) and path[-1] in current:
+        document.replaced[path] = current[path[-1]]
+    current[path[-1]] = value
+    _replace_origins(document.origins, path, {(*path, *k): v for k, v in origins.items()})
+
+
+def _step(current: Any, path: KeyPath, segment: str, problem: Problem) -> str | int:
+    """The key or position that one part of an address means in the value reached so far."""
+    where = ".".join(map(str, path)) or "the file"
+
+    def fail(message: str, hint: str | None = None) -> ConfigError:
+        return ConfigError(Problem(message, problem.file, None, problem.key, hint))
+
+    if isinstance(current, dict):
+        is_number = segment.isascii() and segment.isdigit() and len(segment) < 10
+        return int(segment) if is_number and segment not in current else segment
+    if not isinstance(current, list):
+        raise fail(f"`{where}` is {current!r}: it has no key '{segment}'")
+    if segment.isascii() and segment.isdigit():
+        if int(segment[:9]) >= len(current):
+            raise fail(f"`{where}` has {len(current)} items, counted from 0: there is no item {segment}")
+        return int(segment)
+    group = LIST_GROUPS.get(str(path[-1])) if path else None
+    wanted = registry.canonical(group, segment) if group else segment
+    names = [_names(item, group) for item in current]
+    found = [i for i, known in enumerate(names) if segment in known or wanted in known]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        which = " or ".join(f"{where}.{i}" for i in found)
+        raise fail(f"`{where}` has {len(found)} items named '{segment}'", f"say which: {which}")
+    every = [n for known in names for n in known]
+    allowed = ", ".join(dict.fromkeys(every)) or "the list is empty"
+    raise fail(f"`{where}` has no item named '{segment}'; there are: {allowed}", did_you_mean(segment, every))
+
+
+def _names(item: Any, group: str | None) -> list[str]:
+    """What a list item answers to: its name, or where it has none its kind (both as written and without alias)."""
+    if not isinstance(item, dict):
+        return []
+    name, kind = item.get("name"), item.get("kind")
+    kinds = [kind, registry.canonical(group, kind) if group else kind] if isinstance(kind, str) else []
+    return list(dict.fromkeys(([name] if isinstance(name, str) else []) + kinds))

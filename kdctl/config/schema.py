@@ -1,0 +1,272 @@
+"""The experiment, whole and typed: what a file may say (`ExperimentFile`) and what it comes to (`Experiment`).
+
+One screen a section. Unknown keys are refused everywhere; a component (`kind: ...`) takes further keys, which are the
+arguments of its class and are checked against that class's signature (config/check.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from kdctl.config.types import Fraction, NonNegativeInt, PathStr, Positive, PositiveInt, Precision, Tap
+
+# --------------------------------------------------------------------------------------------------------- building
+
+
+class Section(BaseModel):
+    """A map with known keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class Component(Section):
+    """A map with a `kind`; its further keys are the arguments of that kind."""
+
+    model_config = ConfigDict(extra="allow")
+    group: ClassVar[str] = ""
+    kind: str = Field(min_length=1, description="the component's name: see `kdctl list`")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the component's class is called with."""
+        return dict(self.model_extra or {})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Says of which group of the registry a plain Component is."""
+
+    name: str
+
+
+MethodSpec = Annotated[Component, Group("methods")]
+OptimizerSpec = Annotated[Component, Group("optimizers")]
+ScheduleSpec = Annotated[Component, Group("schedules")]
+AugmentSpec = Annotated[Component, Group("augment")]
+SourceSpec = Annotated[Component, Group("data")]
+CompressSpec = Annotated[Component, Group("compressors")]
+ExportSpec = Annotated[Component, Group("exporters")]
+
+
+# ----------------------------------------------------------------------------------------------------- task and data
+
+
+class TaskSpec(Component):
+    """What is learnt."""
+
+    group = "tasks"
+
+
+class DataSpec(Component):
+    """Where samples come from and how they become batches. Further keys are arguments of the source."""
+
+    group = "data"
+    batch_size: PositiveInt = Field(128, description="samples a step, over all processes")
+    eval_batch_size: PositiveInt = Field(512, description="samples at once when measuring")
+    val_fraction: float = Field(0.1, ge=0, lt=1, description="share of train held out, by class; best is picked here")
+    split_seed: NonNegativeInt = Field(0, description="draws the validation split and which samples keep labels")
+    augment: list[AugmentSpec] = Field([], description="batched augmentations, in order")
+    views: Literal["fresh", "all"] | PositiveInt = Field(
+        "fresh", description="fresh: new draws each epoch; k: k of them in turn; all: every one of a finite set"
+    )
+    augment_seed: NonNegativeInt = Field(0, description="the draws of augmentation; not changed by train.seed")
+    labels_per_class: PositiveInt | Literal["all"] = Field(
+        "all", description="training samples of each class that keep their label; the others stay, unlabelled"
+    )
+    limit: PositiveInt | None = Field(None, description="use only this many training samples, by class")
+    transfer: list[SourceSpec] = Field([], description="further sources whose train split is added without labels")
+    workers: NonNegativeInt | Literal["auto"] = Field("auto", description="decoding processes, for data not in memory")
+
+
+class StageData(Section):
+    """What one stage changes of the experiment's data."""
+
+    batch_size: PositiveInt | None = None
+    augment: list[AugmentSpec] | None = None
+    views: Literal["fresh", "all"] | PositiveInt | None = None
+    labels_per_class: PositiveInt | Literal["all"] | None = None
+    limit: PositiveInt | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+class Normalize(Section):
+    """Channel statistics of images in [0, 1]: (x - mean) / std is the first thing a model does."""
+
+    mean: list[float] = Field(min_length=1)
+    std: list[Positive] = Field(min_length=1)
+
+
+class ModelSpec(Component):
+    """A model: kind, arguments of its class, and where its weights come from."""
+
+    group = "models"
+    weights: PathStr | None = Field(None, description="a run directory, a weights file, or `pretrained`")
+    stage: str | None = Field(None, alias="from", description="take the weights that this earlier stage made")
+    mapping: dict[str, str] = Field({}, description="names in a foreign weights file -> ours (`prefix.` maps prefixes)")
+    normalize: Literal["data", "imagenet", "none"] | Normalize = Field("data", description="input normalisation")
+    input_size: PositiveInt | None = Field(None, description="resize images to this many pixels a side first")
+
+
+class TeacherTraining(Section):
+    """How a teacher without weights is made: a stage of its own before the student's."""
+
+    epochs: PositiveInt | None = None
+    losses: list[LossSpec] | None = None
+    optimizer: OptimizerSpec | None = None
+    schedule: ScheduleSpec | None = None
+    data: StageData = StageData()
+
+
+class TeacherSpec(ModelSpec):
+    """A model that teaches; without `weights` it needs `train`."""
+
+    name: str | None = None
+    train: TeacherTraining | None = None
+    control: bool = Field(False, description="declared a control (for example a random teacher): chance is no error")
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+class TapPair(Section):
+    """One place in the student and its counterpart in the teacher."""
+
+    student: Tap
+    teacher: Tap
+
+
+class LossSpec(Component):
+    """One term of the loss; further keys are its own hyperparameters."""
+
+    group = "losses"
+    name: str | None = Field(None, description="what the term is called in metrics; its kind when left out")
+    weight: float | dict[NonNegativeInt, float] = Field(1.0, description="a number, or {epoch: number}, linear between")
+    taps: list[Tap | TapPair] = Field([], description="module paths; {student, teacher} where they differ")
+
+    @property
+    def label(self) -> str:
+        return self.name or self.kind
+
+
+class Distill(Section):
+    """Shorthand: ce x (1 - alpha) + kd x alpha. alpha is the teacher's share."""
+
+    temperature: Positive = Field(4.0, alias="T")
+    alpha: Fraction = Field(0.9, description="the teacher's share; published tools disagree on its meaning")
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+
+class Keeping(Section):
+    """Settings of a training loop that a stage may set for itself."""
+
+    epochs: PositiveInt = Field(30, description="passes over the training data")
+    clip_norm: Positive | None = Field(None, description="largest gradient norm")
+    accumulate: PositiveInt = Field(1, description="micro-batches a step; the loss does not change")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of an exponential moving average of the weights")
+    early_stop: PositiveInt | None = Field(None, description="stop after this many epochs without a better validation")
+    keep: Literal["best", "last"] = Field("best", description="which weights are shipped")
+
+
+class TrainStage(Keeping):
+    """A stage that trains: what it does not set, it takes from the experiment."""
+
+    kind: Literal["train"] = "train"
+    name: str = Field("student", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    role: Literal["student", "teacher", "assistant"] = Field("student", description="what the trained model is for")
+    student: ModelSpec | None = Field(None, description="the model that learns")
+    teacher: TeacherSpec | list[TeacherSpec] | None = None
+    method: MethodSpec = Component(kind="distill")
+    losses: list[LossSpec] = []
+    optimizer: OptimizerSpec = Component(kind="sgd", lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule: ScheduleSpec = Component(kind="cosine")
+    start: str = Field("previous", alias="from", description="`previous`, `fresh`, or the name of a stage")
+    frozen: list[str] = Field([], description="module paths of the student that do not train")
+    data: StageData = StageData()
+
+    @property
+    def teachers(self) -> list[TeacherSpec]:
+        if self.teacher is None:
+            return []
+        return self.teacher if isinstance(self.teacher, list) else [self.teacher]
+
+
+class OutputStage(Component):
+    """A stage that makes an artefact: a compressor (`quantize`, ...) or `export` with its `target`."""
+
+    name: str = Field("", description="the variant's name; made from the arguments when left out")
+
+
+def _stage_type(value: Any) -> str:
+    kind = value.get("kind", "train") if isinstance(value, dict) else getattr(value, "kind", "train")
+    return "<train>" if kind == "train" else "<output>"
+
+
+Stage = Annotated[
+    Annotated[TrainStage, Tag("<train>")] | Annotated[OutputStage, Tag("<output>")], Discriminator(_stage_type)
+]
+
+
+# -------------------------------------------------------------------------------------------------------- experiment
+
+
+class RunSettings(Section):
+    """What holds for all stages of a run."""
+
+    seed: NonNegativeInt = Field(0, description="initialisation and order; augmentation has its own seed")
+    precision: Precision = Field("auto", description="arithmetic of training")
+    layout: Literal["auto", "contiguous", "channels_last"] = "auto"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    threads: PositiveInt | Literal["auto"] = "auto"
+    max_minutes: Positive | None = Field(None, description="a time budget for the whole run")
+
+
+class TrainSettings(RunSettings, Keeping):
+    """The `train:` section of a file: the run's settings and the defaults of its training stages."""
+
+
+class _Common(Section):
+    name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="names the runs; the file's stem when left out")
+    task: TaskSpec = TaskSpec(kind="classification")
+    data: DataSpec
+    student: ModelSpec
+
+
+class ExperimentFile(_Common):
+    """What an experiment file may say."""
+
+    teacher: TeacherSpec | list[TeacherSpec] | None = None
+    distill: Distill | None = None
+    method: MethodSpec | None = None
+    losses: list[LossSpec] | None = None
+    optimizer: OptimizerSpec | None = None
+    schedule: ScheduleSpec | None = None
+    train: TrainSettings = TrainSettings()
+    stages: list[Stage] | None = Field(None, description="the stages in full, instead of the shorthands")
+    compress: list[CompressSpec] = Field([], description="stages after training: quantize, prune, low_rank")
+    export: list[ExportSpec] = Field([], description="files for other runtimes")
+
+
+class Experiment(_Common):
+    """An experiment with its shorthands expanded: what runs, and what `config.yaml` in a run directory holds."""
+
+    train: RunSettings = RunSettings()
+    stages: list[Stage]
+
+    @property
+    def train_stages(self) -> list[TrainStage]:
+        return [s for s in self.stages if isinstance(s, TrainStage)]
+
+    @property
+    def output_stages(self) -> list[OutputStage]:
+        return [s for s in self.stages if isinstance(s, OutputStage)]
+
+
+for _model in (TeacherTraining, TeacherSpec, TrainStage, ExperimentFile, Experiment):
+    _model.model_rebuild()

@@ -1,0 +1,30 @@
+"""Types for the arguments of components, free of torch: a class's signature names them, the checker reads them.
+
+They are pydantic annotations: a value outside the range is an error with file and line before anything is built.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("an odd whole number")
+    return value
+
+
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+OddInt = Annotated[int, Field(gt=0), AfterValidator(_odd)]
+PathStr = Annotated[str, Field(min_length=1, json_schema_extra={"path": True})]
+"""A path; a relative one is read against the file it stands in."""
+Tap = Annotated[str, Field(min_length=1, pattern=r"^[^\s]+$")]
+"""A place in a model: `module.path`, `:in` for its input, `#2` for its second call, `.key` into tuples and dicts."""
+Precision = Literal["auto", "fp32", "bf16", "fp16"]

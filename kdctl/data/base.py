@@ -1,0 +1,264 @@
+"""What a data source gives: a Dataset of Splits.
+
+A source is a class with keyword-only arguments and `load() -> Dataset`. A user's own, named in YAML as
+`kind: ./my_data.py:MyData`, is the same:
+
+    class MyData:
+        def __init__(self, *, path: str) -> None:
+            self.path = path
+
+        def load(self) -> Dataset:
+            train = ArraySplit(images, targets)          # uint8 (N, C, H, W) and int64 (N,), or
+            test = ItemSplit(decode, targets, (3, 64, 64), stamp="v1")   # decode(i) -> uint8 (C, H, W), in workers
+            return Dataset(train, test=test, class_names=["cat", "dog"])
+
+A torch data set of (image, label) pairs in memory becomes a split by `split_from_pairs`.
+Shapes: N samples, C channels, H x W pixels. Images are uint8, 0..255.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdctl.errors import ConfigError
+from kdctl.signals import IGNORE
+
+Shape = tuple[int, int, int]
+_STATISTICS_SAMPLES = 512
+
+
+class ArraySplit:
+    """Samples in memory. images: uint8 (N, C, H, W); targets: int64 (N,), IGNORE where there is no label.
+
+    index: (N,) int64, each sample's number: what its augmentation and stored teacher outputs are keyed by; its
+    position when left out. Raises ConfigError for other shapes or types.
+    """
+
+    def __init__(self, images: Tensor, targets: Tensor, index: Tensor | None = None) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ConfigError(f"images must be uint8 of shape (N, C, H, W); got {_described(images)}")
+        _check_targets(targets, len(images))
+        self.images = images
+        self.targets = targets
+        self.index = torch.arange(len(images)) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def image_shape(self) -> Shape:
+        return tuple(self.images.shape[1:])
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """The images at these rows: uint8 (n, C, H, W)."""
+        return self.images.index_select(0, rows)
+
+    def subset(self, rows: Tensor) -> ArraySplit:
+        """The samples at these rows, with the numbers they had."""
+        return ArraySplit(self.images[rows], self.targets[rows], self.index[rows])
+
+    def labelled(self, targets: Tensor, index: Tensor | None = None) -> ArraySplit:
+        """The same images with other targets, and other numbers where given."""
+        return ArraySplit(self.images, targets, self.index if index is None else index)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over pixels and targets."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        digest.update(np.ascontiguousarray(self.images.numpy()).data)
+        digest.update(np.ascontiguousarray(self.targets.numpy()).data)
+        return digest.hexdigest()
+
+
+class ItemSplit:
+    """Samples decoded on demand, in worker processes where there are some.
+
+    decode: item number -> uint8 (C, H, W), all of `image_shape`; can be pickled. targets, index: as of ArraySplit.
+    items: (N,) int64, what decode is called with; positions when left out. stamp: a text that changes whenever the
+    images do (names, sizes and times of the files).
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[int], Tensor],
+        targets: Tensor,
+        image_shape: Shape,
+        *,
+        stamp: str,
+        items: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> None:
+        _check_targets(targets, len(targets))
+        self.decode = decode
+        self.targets = targets
+        self.image_shape = image_shape
+        self.stamp = stamp
+        self.items = torch.arange(len(targets)) if items is None else items
+        self.index = torch.arange(len(targets)) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """The images at these rows, decoded: uint8 (n, C, H, W). Raises ConfigError where one has another shape."""
+        images = []
+        for item in self.items[rows].tolist():
+            image = self.decode(item)
+            if image.dtype != torch.uint8 or tuple(image.shape) != tuple(self.image_shape):
+                raise ConfigError(f"item {item} is {_described(image)}; expected uint8 of shape {self.image_shape}")
+            images.append(image)
+        return torch.stack(images)
+
+    def subset(self, rows: Tensor) -> ItemSplit:
+        """The samples at these rows, with the numbers they had."""
+        return self._with(self.targets[rows], self.items[rows], self.index[rows])
+
+    def labelled(self, targets: Tensor, index: Tensor | None = None) -> ItemSplit:
+        """The same images with other targets, and other numbers where given."""
+        return self._with(targets, self.items, self.index if index is None else index)
+
+    def _with(self, targets: Tensor, items: Tensor, index: Tensor) -> ItemSplit:
+        return ItemSplit(self.decode, targets, self.image_shape, stamp=self.stamp, items=items, index=index)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the stamp, the items and the targets."""
+        digest = hashlib.sha256(f"{self.image_shape} {self.stamp}".encode())
+        digest.update(np.ascontiguousarray(self.items.numpy()).data)
+        digest.update(np.ascontiguousarray(self.targets.numpy()).data)
+        return digest.hexdigest()
+
+
+Split = ArraySplit | ItemSplit
+
+
+@dataclass
+class Dataset:
+    """A source's splits and what is known of them.
+
+    class_names: one for each class, in the order of the targets. mean, std: of each channel of the train split, on
+    the scale [0, 1]; measured when left out (an ItemSplit's from 512 of its images, evenly spaced).
+    Raises ConfigError where splits disagree in image shape, a target is no class, or there is nothing to train on.
+    """
+
+    train: Split
+    val: Split | None = None
+    test: Split | None = None
+    class_names: list[str] = field(default_factory=list)
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.class_names:
+            raise ConfigError("the data set names no classes")
+        for name, split in self.splits():
+            _check_split(name, split, self.image_shape, len(self.class_names))
+        if not self.mean or not self.std:
+            self.mean, self.std = statistics(self.train)
+
+    @property
+    def image_shape(self) -> Shape:
+        return self.train.image_shape
+
+    def splits(self) -> list[tuple[str, Split]]:
+        """(name, split) of those that are there."""
+        named = (("train", self.train), ("val", self.val), ("test", self.test))
+        return [(name, split) for name, split in named if split is not None]
+
+
+class Source(Protocol):
+    """Where a data set comes from."""
+
+    def load(self) -> Dataset:
+        """Reads the data set. Raises MissingError where it is not there or damaged, ConfigError where it is wrong."""
+        ...
+
+
+def split_from_pairs(pairs: Iterable[tuple[Any, int]]) -> ArraySplit:
+    """A split in memory from (image, label) pairs, such as a torch data set's items.
+
+    An image is a PIL image, a uint8 array (H, W) or (H, W, C), or a uint8 tensor (C, H, W); all of one shape.
+    """
+    images, targets = [], []
+    for image, label in pairs:
+        if not isinstance(image, Tensor):
+            array = np.array(image)
+            image = torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+        images.append(image)
+        targets.append(int(label))
+    if len({image.shape for image in images}) != 1:
+        raise ConfigError("images must all have one shape; decode and resize them in an ItemSplit")
+    return ArraySplit(torch.stack(images), torch.tensor(targets))
+
+
+def statistics(split: Split) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over all pixels, on the scale [0, 1].
+
+    A channel without any variation has the deviation 1, so that dividing by it is harmless.
+    """
+    rows = torch.arange(len(split))
+    if isinstance(split, ItemSplit) and len(split) > _STATISTICS_SAMPLES:
+        rows = torch.linspace(0, len(split) - 1, _STATISTICS_SAMPLES, dtype=torch.float64).long()
+    total = torch.zeros(split.image_shape[0], dtype=torch.int64)
+    squares = torch.zeros_like(total)
+    for part in rows.split(1024):
+        pixels = split.fetch(part).transpose(0, 1).flatten(1)
+        total += pixels.sum(1, dtype=torch.int64)
+        squares += pixels.to(torch.int32).square_().sum(1, dtype=torch.int64)
+    count = len(rows) * split.image_shape[1] * split.image_shape[2]
+    mean = total.double() / count
+    std = (squares.double() / count - mean.square()).clamp_min(0).sqrt()
+    std[std == 0] = 255.0
+    return (mean / 255).tolist(), (std / 255).tolist()
+
+
+class _Joined:
+    """decode() over several splits, one after the other."""
+
+    def __init__(self, splits: list[Split]) -> None:
+        self._splits = splits
+        self._starts = np.cumsum([0] + [len(s) for s in splits]).tolist()
+
+    def __call__(self, item: int) -> Tensor:
+        which = int(np.searchsorted(self._starts, item, side="right")) - 1
+        return self._splits[which].fetch(torch.tensor([item - self._starts[which]]))[0]
+
+
+def joined(splits: list[Split]) -> Split:
+    """One split of several with equal image shapes, numbered anew from 0; in memory where all of them are."""
+    if len(splits) == 1:
+        return splits[0]
+    targets = torch.cat([s.targets for s in splits])
+    arrays = [s.images for s in splits if isinstance(s, ArraySplit)]
+    if len(arrays) == len(splits):
+        return ArraySplit(torch.cat(arrays), targets)
+    stamp = " ".join(s.fingerprint() for s in splits)
+    return ItemSplit(_Joined(splits), targets, splits[0].image_shape, stamp=stamp)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
+def _check_targets(targets: Tensor, count: int) -> None:
+    if targets.dtype != torch.int64 or targets.shape != (count,):
+        raise ConfigError(f"targets must be int64 of shape ({count},); got {_described(targets)}")
+
+
+def _check_split(name: str, split: Any, shape: Shape, num_classes: int) -> None:
+    if not isinstance(split, ArraySplit | ItemSplit):
+        raise ConfigError(f"the {name} split must be an ArraySplit or an ItemSplit; got {type(split).__name__}")
+    if len(split) == 0:
+        raise ConfigError(f"the {name} split has no samples")
+    if tuple(split.image_shape) != tuple(shape):
+        raise ConfigError(f"images of the {name} split have shape {split.image_shape}, those of train {shape}")
+    wrong = split.targets[((split.targets < 0) & (split.targets != IGNORE)) | (split.targets >= num_classes)]
+    if len(wrong):
+        raise ConfigError(
+            f"the {name} split has the target {int(wrong[0])}; allowed: 0..{num_classes - 1}, {IGNORE} for no label"
+        )

@@ -1,0 +1,200 @@
+"""Measuring anything that predicts: one code for students, teachers, ensembles and exported files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdctl import build, runs
+from kdctl import checkpoint as checkpoints
+from kdctl import device as devices
+from kdctl.config.schema import Experiment
+from kdctl.data.base import Split
+from kdctl.data.loader import clean_batches
+from kdctl.data.prepare import Data
+from kdctl.errors import MissingError
+from kdctl.models.record import Model, load_model
+from kdctl.runs import Run
+from kdctl.tasks.base import Task
+
+Floats = NDArray[np.float32]
+
+
+class Predictor(Protocol):
+    """Maps images to logits, and says what it takes and where it runs.
+
+    runtime: name and version. image_shape: (C, H, W). fixed_batch: the only batch size it takes, None for any.
+    Called with float32 images (N, C, H, W) in [0, 1]; returns float32 logits (N, C). Preprocessing is its own.
+    """
+
+    runtime: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    fixed_batch: int | None
+
+    def __call__(self, images: Floats) -> Floats: ...
+
+
+class TorchPredictor:
+    """A torch model in eval mode, in fp32 unless another precision is named."""
+
+    fixed_batch: int | None = None
+
+    def __init__(self, model: Model, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
+        self.model = model.eval()
+        self.device = torch.device(device)
+        self.precision = precision
+        self.runtime = f"torch {torch.__version__}"
+        channels, height, width = model.record.image_shape
+        self.image_shape = (channels, height, width)
+        self.num_classes = model.record.num_classes
+
+    @torch.inference_mode()
+    def __call__(self, images: Floats) -> Floats:
+        with devices.autocast(self.device, self.precision):
+            logits = self.model(torch.from_numpy(images).to(self.device))
+        return logits.float().cpu().numpy()
+
+
+def open_torch(path: str, threads: int | None = None) -> TorchPredictor:
+    """The predictor of a model on disk, for a measuring process: fp32 on the CPU with its own thread count."""
+    if threads:
+        torch.set_num_threads(threads)
+    return TorchPredictor(load_model(Path(path)))
+
+
+@dataclass
+class Predictions:
+    """What a predictor said about a split. logits (N, C) float32; targets (N,); index (N,)."""
+
+    logits: Floats
+    targets: NDArray[np.int64]
+    index: NDArray[np.int64]
+
+    def save(self, path: Path) -> None:
+        aside = path.with_name(f".{path.name}.tmp")
+        with open(aside, "wb") as file:
+            np.savez_compressed(file, logits=self.logits, targets=self.targets, index=self.index)
+        aside.replace(path)
+
+
+def batches(split: Split, batch_size: int) -> Iterator[tuple[Floats, NDArray[np.int64], NDArray[np.int64]]]:
+    """Clean images as float32 in [0, 1], targets and indices, in order."""
+    for batch in clean_batches(split, batch_size=batch_size, device=torch.device("cpu")):
+        yield batch.inputs.numpy(), batch.targets.numpy(), batch.index.numpy()
+
+
+def predict(predictor: Predictor, split: Split, batch_size: int) -> Predictions:
+    """Runs a predictor over a whole split, each sample once, clean."""
+    logits, targets, index = [], [], []
+    for images, target, number in batches(split, predictor.fixed_batch or batch_size):
+        logits.append(predictor(images))
+        targets.append(target)
+        index.append(number)
+    return Predictions(np.concatenate(logits), np.concatenate(targets), np.concatenate(index))
+
+
+def metrics(predictions: Predictions, task: Task) -> dict[str, float]:
+    """Every metric of the task over the labelled samples of a split; percent where the task says so."""
+    labelled = predictions.targets >= 0
+    logits, targets = predictions.logits[labelled], predictions.targets[labelled]
+    return {name: float(function(logits, targets)) for name, function in task.metrics().items()}
+
+
+@torch.inference_mode()
+def validate(model: Model, split: Split, task: Task, device: torch.device, batch_size: int, precision: str) -> dict[str, float]:
+    """Metrics of a model in training, in its own precision, leaving its modes as they were."""
+    was_training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        logits, targets, index = [], [], []
+        for batch in clean_batches(split, batch_size=batch_size, device=device):
+            with devices.autocast(device, precision):
+                outputs = task.forward(model, batch)
+            logits.append(task.signals(outputs, batch).logits.float())
+            targets.append(batch.targets)
+            index.append(batch.index)
+        gathered = Predictions(*(torch.cat(parts).cpu().numpy() for parts in (logits, targets, index)))
+        return metrics(gathered, task)
+    finally:
+        for name, module in model.named_modules():
+            module.training = was_training[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def evaluate_run(
+    run: Run, experiment: Experiment, *, split: str = "test", checkpoint: str = "best", data: Data | None = None
+) -> dict[str, Any]:
+    """Measures a run's student and its teacher on the same samples, both loaded from disk, in fp32 on the CPU.
+
+    Writes eval/<split>.json and the predictions beside it for the shipped weights (`best`); `last` only returns.
+    Raises MissingError when the split or the student's weights are not there.
+    """
+    data = data or build.build_data(experiment)
+    samples = choose_split(data, split)
+    task = build.build_task(experiment)
+    size = experiment.data.eval_batch_size
+    student = load_student(run, experiment, checkpoint)
+    predictions = predict(TorchPredictor(student), samples, size)
+    document = describe(predictions, task, data) | {"split": split, "checkpoint": checkpoint}
+    teacher, notes = predict_teacher(run, experiment, data, samples)
+    document["teacher"] = None if teacher is None else metrics(teacher, task)
+    document["agreement"] = None if teacher is None else float(task.agreement(predictions.logits, teacher.logits))
+    document["notes"] = notes
+    if checkpoint == "best":
+        (run / "eval").mkdir(exist_ok=True)
+        predictions.save(run / "eval" / f"{split}.npz")
+        if teacher is not None:
+            teacher.save(run / "eval" / f"{split}.teacher.npz")
+        runs.write_json(run / "eval" / f"{split}.json", document)
+    return document
+
+
+def describe(predictions: Predictions, task: Task, data: Data) -> dict[str, Any]:
+    """Samples, metrics and the metric of each class."""
+    labelled = predictions.targets >= 0
+    rows = task.per_class(predictions.logits[labelled], predictions.targets[labelled], data.class_names)
+    return {"samples": int(labelled.sum()), "metrics": metrics(predictions, task), "per_class": rows}
+
+
+def choose_split(data: Data, name: str) -> Split:
+    """The split of that name. Raises MissingError, naming those there are."""
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    split = splits.get(name)
+    if split is None:
+        there = ", ".join(n for n, s in splits.items() if s is not None)
+        raise MissingError(f"there is no split '{name}'; there are: {there}")
+    return split
+
+
+def load_student(run: Run, experiment: Experiment, checkpoint: str = "best") -> Model:
+    """The shipped student (`best`), or the student as the last step left it (`last`)."""
+    model = load_model(run / "student")
+    if checkpoint == "last":
+        stage = [s for s in experiment.train_stages if s.role == "student"][-1]
+        model.net.load_state_dict(checkpoints.student_weights(run.stage_dir(stage.name) / "checkpoints", "last"))
+    return model
+
+
+def predict_teacher(
+    run: Run, experiment: Experiment, data: Data, samples: Split
+) -> tuple[Predictions | None, list[str]]:
+    """What the last stage's teacher says of a split, the mean of the logits of several; a note when it is not there."""
+    specs = experiment.train_stages[-1].teachers if experiment.train_stages else []
+    if not specs:
+        return None, []
+    try:
+        teachers = [build.build_model(s, data, "teacher", lambda name: run.stage_dir(name) / "model") for s in specs]
+    except MissingError as error:
+        return None, [f"the teacher was not measured: {error}"]
+    each = [predict(TorchPredictor(t), samples, experiment.data.eval_batch_size) for t in teachers]
+    each[0].logits = np.mean([p.logits for p in each], axis=0, dtype=np.float32)
+    return each[0], []

@@ -1,0 +1,64 @@
+"""What a loss term is.
+
+A term gives the sum of its loss over a micro-batch and, ahead of it and from the batch alone, the count of what it sums
+over (samples, tokens, pixels). The loop divides by the count of the whole batch, over accumulation and ranks, so
+padding, micro-batches and processes never change the loss. (The count comes ahead because a micro-batch's gradient
+must be scaled by the total before the next micro-batch is seen.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from kdctl.signals import Batch, Signals
+
+
+@dataclass
+class DryRun:
+    """One batch through copies of the models in eval mode, from which a term makes its adapters."""
+
+    task: Any
+    batch: Batch
+    student: Signals
+    teacher: Signals | None
+    num_samples: int
+    """Training samples, for terms that keep a memory of each."""
+
+
+class Loss(nn.Module):
+    """A term of the loss. Its parameters are adapters: trained beside the student, not shipped with it."""
+
+    needs_teacher: ClassVar[bool] = True
+    needs_targets: ClassVar[bool] = False
+    needs_taps: ClassVar[bool] = False
+    batchwise: ClassVar[bool] = False
+    """Defined on a batch as a whole (relations, contrast): micro-batches would change it."""
+    links: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")
+    """The kinds of logits it is meant for."""
+
+    taps: tuple[tuple[str, str], ...] = ()
+    """(student tap, teacher tap) pairs, set by `build` from the term's `taps:`."""
+
+    def setup(self, dry_run: DryRun) -> None:
+        """Makes adapters from real shapes. Raises ConfigError where shapes cannot be made to fit."""
+
+    def count(self, batch: Batch) -> int | Tensor:
+        """How many units the sum of `forward` runs over in this batch."""
+        return batch.num_rows()
+
+    def forward(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
+        """The sum of the loss over the units of the batch: a scalar."""
+        raise NotImplementedError
+
+    def logit_pair(self, student: Signals, teacher: Signals | None) -> tuple[Tensor, Tensor]:
+        """The rows of logits (R, C) of student and teacher; the teacher's are constants."""
+        assert teacher is not None  # build gives a teacher to every term that needs one
+        return student.rows(), teacher.rows().detach()
+
+    def feature_pairs(self, student: Signals, teacher: Signals | None) -> list[tuple[Tensor, Tensor]]:
+        """The tapped features of student and teacher, pair by pair; the teacher's are constants."""
+        assert teacher is not None
+        return [(student.feature(s), teacher.feature(t).detach()) for s, t in self.taps]

@@ -1,0 +1,203 @@
+"""Runs an experiment's stages in order inside one run directory, and measures what they made."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdctl import build, checkpoint, runs
+from kdctl.build import Built
+from kdctl.compress.stage import run_output_stage
+from kdctl.config.schema import Experiment, TrainStage
+from kdctl.data.prepare import Data
+from kdctl.device import apply_threads
+from kdctl.errors import Interrupted, KdctlError
+from kdctl.evaluate import choose_split, evaluate_run, load_student, summary, validate
+from kdctl.fit import Progress, Reporter, StopSignal, fit
+from kdctl.models.record import Model, load_model, save_model
+from kdctl.runs import Run
+
+_TEACHER_CHECK_SAMPLES = 2000
+
+
+def run_stages(run: Run, experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
+    """Runs every stage that is not done yet and returns the run's summary, which is also summary.json.
+
+    Raises what a stage raises; the run's status then says `interrupted` or `failed`, and resume takes it up again.
+    """
+    with run.locked(), StopSignal() as stop:
+        run.update(status="running")
+        try:
+            result = _run_stages(run, experiment, reporter, stop)
+        except (Interrupted, KeyboardInterrupt):
+            run.update(status="interrupted")
+            raise
+        except BaseException:
+            run.update(status="failed")
+            raise
+        run.update(status="done")
+        return result
+
+
+def _run_stages(run: Run, experiment: Experiment, reporter: Reporter, stop: StopSignal) -> dict[str, Any]:
+    apply_threads(experiment.train)
+    data = build.build_data(experiment)
+    for stage in experiment.train_stages:
+        if run.info["stages"].get(stage.name) != "done":
+            _run_train_stage(run, experiment, stage, data, reporter, stop)
+            stop.check(f"after stage {stage.name}; `kdctl resume {run}` continues")
+    if not (run / "summary.json").exists():
+        runs.write_json(run / "summary.json", summarize(run, experiment, data))
+    for output in experiment.output_stages:
+        if run.info["stages"].get(output.name) != "done":
+            reporter.say(f"stage {output.name}")
+            run_output_stage(run, experiment, output, data)
+            run.set_stage(output.name, "done")
+            stop.check(f"after stage {output.name}; `kdctl resume {run}` continues")
+    return runs.read_json(run / "summary.json")
+
+
+# ----------------------------------------------------------------------------------------------------- a train stage
+
+
+def _run_train_stage(
+    run: Run, experiment: Experiment, stage: TrainStage, data: Data, reporter: Reporter, stop: StopSignal
+) -> None:
+    run.set_stage(stage.name, "running")
+    start = _start(run, experiment, stage)
+    built = build.build_stage(experiment, stage, data, lambda name: run.stage_dir(name) / "model", start)
+    _check_teachers(built, stage, experiment)
+    reporter.say(_describe(stage, built))
+    state = fit(
+        built, stage, run,
+        seed=experiment.train.seed,
+        eval_batch_size=experiment.data.eval_batch_size,
+        budget=_budget(run, experiment),
+        stop=stop,
+        reporter=reporter,
+    )  # fmt: skip
+    _keep(run, stage, built, state)
+    seconds = run.info.get("seconds", {}) | {stage.name: round(state.seconds, 3)}
+    run.update(seconds=seconds, stages=run.info["stages"] | {stage.name: "done"})
+    if state.finished != "all epochs done":
+        reporter.say(f"stage {stage.name}: {state.finished}")
+
+
+def _start(run: Run, experiment: Experiment, stage: TrainStage) -> Path | None:
+    """The stem of the weights a stage starts from: the stage it names, or the last one before it in the same role."""
+    if stage.start == "fresh":
+        return None
+    if stage.start != "previous":
+        return run.stage_dir(stage.start) / "model"
+    names = [s.name for s in experiment.train_stages]
+    earlier = [s for s in experiment.train_stages[: names.index(stage.name)] if s.role == stage.role]
+    return run.stage_dir(earlier[-1].name) / "model" if earlier else None
+
+
+def _check_teachers(built: Built, stage: TrainStage, experiment: Experiment) -> None:
+    split = built.data.val or built.data.train
+    some = split.subset(torch.arange(min(len(split), _TEACHER_CHECK_SAMPLES)))
+
+    def accuracy(model: Model) -> tuple[float, float]:
+        got = validate(model, some, built.task, built.device, experiment.data.eval_batch_size, built.precision)
+        return got[built.task.primary], built.task.chance(some.targets)
+
+    build.check_teachers(built.teachers, stage.teachers, accuracy)
+
+
+def _describe(stage: TrainStage, built: Built) -> str:
+    student = built.method.student
+    size = sum(p.numel() for p in student.net.parameters())
+    terms = " + ".join(f"{loss.label} x {loss.weight}" for loss in stage.losses)
+    teachers = ", ".join(t.record.kind for t in built.teachers)
+    taught = f", teacher {teachers}" if teachers else ""
+    labelled = int((built.data.train.targets >= 0).sum())
+    return (
+        f"stage {stage.name}: {student.record.kind} ({size:,} parameters){taught}; {terms}; "
+        f"{len(built.data.train):,} samples, {labelled:,} labelled; {stage.epochs} epochs of {len(built.loader)} steps; "
+        f"{built.device}, {built.precision}, {torch.get_num_threads()} threads"
+    )
+
+
+def _budget(run: Run, experiment: Experiment) -> float:
+    if experiment.train.max_minutes is None:
+        return math.inf
+    return 60 * experiment.train.max_minutes - sum(run.info.get("seconds", {}).values())
+
+
+def _keep(run: Run, stage: TrainStage, built: Built, state: Progress) -> None:
+    """Saves the weights that the stage keeps, and ships them where the stage's role says so."""
+    folder = run.stage_dir(stage.name)
+    which = "best" if stage.keep == "best" and (folder / "checkpoints" / "best.pt").exists() else "last"
+    model = built.method.finalize()
+    model.net.load_state_dict(checkpoint.student_weights(folder / "checkpoints", which))
+    save_model(model, folder / "model")
+    if stage.role in ("student", "teacher"):
+        save_model(model, run / stage.role)
+    runs.write_json(
+        folder / "result.json",
+        {"kept": which, "best_epoch": state.best_epoch, "epochs": state.epoch, "finished": state.finished},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def summarize(run: Run, experiment: Experiment, data: Data) -> dict[str, Any]:
+    """Measures the finished student once on the test split (best and last), and its teacher, from disk.
+
+    This is the document of `kdctl train`; without a test split the validation split stands in, and a note says so.
+    """
+    split = "test" if data.test is not None else "val"
+    notes = [] if data.test is not None else ["there is no test split: validation stands in for it"]
+    if data.test is None and data.val is None:
+        split, notes = "train", ["there is neither a test nor a validation split: the training split is measured"]
+    best = evaluate_run(run, experiment, split=split, data=data)
+    last = evaluate_run(run, experiment, split=split, checkpoint="last", data=data)
+    stage = [s for s in experiment.train_stages if s.role == "student"][-1]
+    result = runs.read_json(run.stage_dir(stage.name) / "result.json")
+    lines = [line for line in run.metrics() if line["stage"] == stage.name]
+    kept = next((line for line in lines if line["epoch"] == result["best_epoch"]), None)
+    model = load_model(run / "student")
+    return {
+        "run": str(run),
+        "status": "done",
+        "epochs": result["epochs"],
+        "seconds": sum(run.info.get("seconds", {}).values()),
+        "samples_per_second": _median([line["samples_per_second"] for line in lines]),
+        "precision": experiment.train.precision,
+        "threads": experiment.train.threads,
+        "student": summary(model) | {
+            "kept": result["kept"],
+            "best": {"epoch": result["best_epoch"], "val": kept["val"] if kept else {}, split: best["metrics"]},
+            "last": {split: last["metrics"]},
+        },
+        "teacher": _teacher_summary(run, experiment, data, best, split),
+        "agreement": best["agreement"],
+        "baseline": None,
+        "group": run.info["group"],
+        "notes": notes + best["notes"],
+    }  # fmt: skip
+
+
+def _teacher_summary(
+    run: Run, experiment: Experiment, data: Data, measured: dict[str, Any], split: str
+) -> dict[str, Any] | None:
+    specs = experiment.train_stages[-1].teachers
+    if not specs or measured["teacher"] is None:
+        return None
+    models = [build.build_model(s, data, "teacher", lambda name: run.stage_dir(name) / "model") for s in specs]
+    kinds = [model.record.kind for model in models]
+    parameters = sum(int(summary(model)["parameters"]) for model in models)
+    return {"kind": " + ".join(kinds), "parameters": parameters, split: measured["teacher"]}
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else 0.0

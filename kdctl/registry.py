@@ -1,0 +1,327 @@
+"""The catalogue of components: what a `kind` in a file stands for, and what arguments its class takes.
+
+Built-ins are named in the tables of their packages, as text; signatures are read from source with `ast`. Nothing here
+imports torch before `load`, so listing and checking stay fast and work on a machine without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdctl.errors import ConfigError, MissingError, did_you_mean
+from kdctl.source import ClassSource, SourceError, exported_classes, read_class
+
+GROUPS: dict[str, tuple[str, str]] = {
+    "models": ("kdctl.models", "MODELS"),
+    "losses": ("kdctl.losses", "LOSSES"),
+    "methods": ("kdctl.methods", "METHODS"),
+    "data": ("kdctl.data", "SOURCES"),
+    "augment": ("kdctl.data", "AUGMENTATIONS"),
+    "tasks": ("kdctl.tasks", "TASKS"),
+    "optimizers": ("kdctl.optim", "OPTIMIZERS"),
+    "schedules": ("kdctl.optim", "SCHEDULES"),
+    "compressors": ("kdctl.compress", "COMPRESSORS"),
+    "exporters": ("kdctl.export", "EXPORTERS"),
+}
+"""group -> (package, name of its table)."""
+
+GIVEN: dict[str, frozenset[str]] = {
+    "models": frozenset({"num_classes", "in_channels"}),
+    "optimizers": frozenset({"params"}),
+}
+"""Arguments that kdctl itself supplies when it builds a component of the group; a file does not set them."""
+
+BASES: dict[str, str] = {
+    "models": "torch.nn:Module",
+    "losses": "kdctl.losses.base:Loss",
+    "methods": "kdctl.methods.base:Method",
+    "data": "kdctl.data.base:Source",
+    "augment": "kdctl.data.augment:Augmentation",
+    "tasks": "kdctl.tasks.base:Task",
+    "optimizers": "torch.optim:Optimizer",
+    "schedules": "kdctl.optim.schedules:Schedule",
+    "compressors": "kdctl.compress.base:Compressor",
+    "exporters": "kdctl.export.base:Exporter",
+}
+"""What a user's own class of the group has to derive from."""
+
+SINGULAR = {
+    "models": "model", "losses": "loss", "methods": "method", "data": "data source", "augment": "augmentation",
+    "tasks": "task", "optimizers": "optimizer", "schedules": "schedule", "compressors": "compressor",
+    "exporters": "exporter",
+}  # fmt: skip
+
+_ZOOS = {"torchvision": "TorchvisionModel", "timm": "TimmModel"}
+_OWN_CLASS = re.compile(r"^(?P<place>.+):(?P<name>[A-Za-z_]\w*)$")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One entry of the catalogue. `target` is "package.module:Class" or "/path/file.py:Class"."""
+
+    group: str
+    name: str
+    target: str
+    summary: str = ""
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "built-in"
+
+    @property
+    def is_builtin(self) -> bool:
+        return self.source == "built-in"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of a component. `annotation` is source text; `default` means something where `has_default`."""
+
+    name: str
+    annotation: str
+    default: Any = None
+    required: bool = False
+    has_default: bool = False
+    given: bool = False
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a component takes. `parameters` leave out presets; those with `given` are supplied by kdctl.
+
+    aliases: short names of arguments, from the class attribute ALIASES. attributes: literal class attributes, with
+    those of bases.
+    """
+
+    parameters: dict[str, Parameter]
+    doc: str = ""
+    accepts_any: bool = False
+    aliases: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Parameter]:
+        """The parameters that a file may set."""
+        return {name: p for name, p in self.parameters.items() if not p.given}
+
+
+# ------------------------------------------------------------------------------------------------------- catalogue
+
+
+def catalogue(group: str) -> dict[str, Component]:
+    """All components of a group by name: built-ins, then plug-ins. Raises ConfigError when a plug-in clashes."""
+    entries = _builtins(group)
+    for name, component in _plugins(group).items():
+        if name in entries:
+            raise ConfigError(
+                f"plug-in '{component.source}' offers the {SINGULAR[group]} '{name}', which kdctl has already",
+                hint="rename or uninstall the plug-in",
+            )
+        entries[name] = component
+    return entries
+
+
+def aliases(group: str) -> dict[str, str]:
+    """Other names of a group's components -> their names."""
+    names = _builtins(group)
+    table = getattr(importlib.import_module(GROUPS[group][0]), "ALIASES", {})
+    return {alias: name for alias, name in table.items() if name in names}
+
+
+def canonical(group: str, kind: str) -> str:
+    """The name that a kind or its alias stands for; a kind that is no alias stays as it is."""
+    return aliases(group).get(kind, kind)
+
+
+def find(group: str, kind: str, base: Path | None = None) -> Component:
+    """The component that `kind` names. Raises ConfigError with a hint when there is none.
+
+    A kind is a name of the catalogue or its alias, `package.module:Class`, `./file.py:Class` (read against `base`),
+    for models `torchvision:NAME` and `timm:NAME`, for optimizers the name of any class of torch.optim.
+    """
+    entries = catalogue(group)
+    name = canonical(group, kind)
+    if name in entries:
+        return entries[name]
+    own = _OWN_CLASS.match(kind)
+    zoo, _, zoo_name = kind.partition(":")
+    if group == "models" and zoo in _ZOOS and zoo_name:
+        target = f"kdctl.models.{zoo}_models:{_ZOOS[zoo]}"
+        return Component(group, kind, target, f"{zoo_name} of {zoo}", {"name": zoo_name}, f"built-in ({zoo})")
+    if own is not None:
+        return _own_component(group, kind, own["place"], own["name"], base)
+    torch_names = _torch_optimizers() if group == "optimizers" else []
+    if kind in torch_names:
+        return Component(group, kind, f"torch.optim:{kind}", f"torch.optim.{kind}", {}, "torch.optim")
+    hint = did_you_mean(kind, [*entries, *aliases(group), *torch_names])
+    choice = f"one of {', '.join(sorted(entries))}" if len(entries) <= 12 else f"see `kdctl list {group}`"
+    allowed = f"{choice}, or a class of your own as ./file.py:Class"
+    raise ConfigError(f"there is no {SINGULAR[group]} '{kind}'; allowed: {allowed}", hint=hint)
+
+
+def _builtins(group: str) -> dict[str, Component]:
+    package, attribute = GROUPS[group]
+    table = getattr(importlib.import_module(package), attribute)
+    entries = {}
+    for name, (target, summary, *preset) in table.items():
+        entries[name] = Component(group, name, f"{package}.{target}", summary, preset[0] if preset else {})
+    return entries
+
+
+@functools.cache
+def _entry_points() -> dict[str, list[Any]]:
+    from importlib.metadata import entry_points
+
+    found = entry_points()
+    return {group: list(found.select(group=f"kdctl.{group}")) for group in GROUPS}
+
+
+def _plugins(group: str) -> dict[str, Component]:
+    entries: dict[str, Component] = {}
+    for point in _entry_points()[group]:
+        source = point.dist.name if point.dist else point.value
+        if point.name in entries:
+            raise ConfigError(
+                f"plug-ins '{entries[point.name].source}' and '{source}' both offer the {SINGULAR[group]} "
+                f"'{point.name}'",
+                hint="uninstall one of them",
+            )
+        entries[point.name] = Component(group, point.name, point.value, f"plug-in of {source}", {}, source)
+    return entries
+
+
+def _own_component(group: str, kind: str, place: str, name: str, base: Path | None) -> Component:
+    if not is_file_kind(kind):
+        component = Component(group, kind, kind, source=place)
+    else:
+        path = Path(os.path.abspath((base or Path.cwd()) / Path(place).expanduser()))
+        if not path.is_file():
+            raise ConfigError(f"there is no file {path} for kind '{kind}'", hint="paths are read against their file")
+        component = Component(group, kind, f"{path}:{name}", source=str(path))
+    doc = _source(component).doc
+    return Component(group, kind, component.target, doc.split("\n")[0], {}, component.source)
+
+
+def is_file_kind(kind: str) -> bool:
+    """Whether a kind names a class in a file of the user's (`./file.py:Class`)."""
+    own = _OWN_CLASS.match(kind)
+    return own is not None and (own["place"].endswith(".py") or "/" in own["place"] or os.sep in own["place"])
+
+
+@functools.cache
+def _torch_optimizers() -> list[str]:
+    names = exported_classes("torch.optim")
+    return [name for name in names if name != "Optimizer"]
+
+
+# ------------------------------------------------------------------------------------------------------- signatures
+
+
+def _source(component: Component) -> ClassSource:
+    place, _, name = component.target.rpartition(":")
+    try:
+        return read_class(place, name)
+    except SourceError as error:
+        raise ConfigError(f"kind '{component.name}': {error}", hint=error.hint) from None
+
+
+def signature(component: Component) -> Signature:
+    """What the component's class takes, read from its source. Raises ConfigError when the class is not there."""
+    source = _source(component)
+    given = GIVEN.get(component.group, frozenset())
+    parameters = {
+        p.name: Parameter(p.name, p.annotation, p.default, p.required, p.has_default, p.name in given)
+        for p in source.parameters
+        if p.name not in component.preset
+    }
+    short = source.attributes.get("ALIASES")
+    short = {k: v for k, v in short.items() if v in parameters} if isinstance(short, dict) else {}
+    return Signature(parameters, source.doc, source.accepts_any, short, source.attributes)
+
+
+# ---------------------------------------------------------------------------------------------------------- objects
+
+
+def load(component: Component) -> type:
+    """The component's class. Imports its module; a user's class must be of the group's own kind."""
+    place, _, name = component.target.rpartition(":")
+    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(component, place)
+    loaded = getattr(module, name, None)
+    if not isinstance(loaded, type):
+        raise ConfigError(f"kind '{component.name}': {place} has no class '{name}'")
+    if not component.is_builtin and not component.source.startswith("built-in"):
+        base_module, _, base_name = BASES[component.group].partition(":")
+        if not issubclass(loaded, getattr(importlib.import_module(base_module), base_name)):
+            raise ConfigError(
+                f"kind '{component.name}' is not a {SINGULAR[component.group]}: {name} does not derive from "
+                f"{base_module}.{base_name}"
+            )
+    return loaded
+
+
+def create(group: str, kind: str, arguments: Mapping[str, Any], base: Path | None = None, **given: Any) -> Any:
+    """An instance of the component, called with its preset, `arguments` and what kdctl supplies (`given`).
+
+    Raises ConfigError when the class does not take these arguments or refuses their values.
+    """
+    component = find(group, kind, base)
+    loaded = load(component)
+    known = signature(component).parameters
+    values = {
+        name: tuple(v) if isinstance(v, list) and name in known and known[name].annotation.startswith("tuple") else v
+        for name, v in arguments.items()
+    }
+    label = f"{SINGULAR[group]} '{kind}'"
+    repeated = sorted(set(values) & (set(component.preset) | set(given)))
+    if repeated:
+        raise ConfigError(f"{label}: '{repeated[0]}' is set by kdctl and cannot be given")
+    values |= {**component.preset, **given}
+    try:
+        inspect.signature(loaded).bind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{label}: {error}", hint=f"see `kdctl explain {kind}`") from None
+    try:
+        return loaded(**values)
+    except (ValueError, TypeError) as error:
+        if component.is_builtin and isinstance(error, TypeError):
+            raise
+        raise ConfigError(f"{label}: {error}") from error
+
+
+def _import_module(component: Component, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingError(f"kind '{component.name}': {name} cannot be imported: {error}") from error
+    except Exception as error:
+        if component.is_builtin:
+            raise
+        raise ConfigError(f"kind '{component.name}': importing {name} failed: {error!r}") from error
+
+
+def _import_file(path: Path) -> Any:
+    """The module of a user's file, under a name made from its path, once a process."""
+    name = f"kdctl_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        kind = MissingError if isinstance(error, ImportError) else ConfigError
+        raise kind(f"importing {path} failed: {error!r}") from error
+    return module

@@ -1,0 +1,288 @@
+"""The run directory: where things lie in it, how it is made, found, locked and listed. Plain files, no torch.
+
+    runs/<name>/<NNN>/           one run; never overwritten
+    runs/<name>/groups/<NNN>.json    the runs of one --seeds / --with-baseline call
+    runs/latest                  a text file that names the newest main run
+
+Every file is written aside and renamed; a directory gets its number only once it is complete enough to be resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from kdctl import __version__
+from kdctl.errors import KdctlError, MissingError, Problem, UsageError, did_you_mean
+
+FORMAT = 1
+ROOT = Path("runs")
+Status = Literal["running", "interrupted", "failed", "done"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file aside and renames it, so that readers see the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, document: Any) -> None:
+    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of a run. Raises MissingError where it is not there or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingError(Problem("there is no such file", file=str(path))) from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise MissingError(Problem(f"the file is damaged: {error}", file=str(path))) from None
+
+
+class Run:
+    """One run directory, by path; everything else is read from its files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def __str__(self) -> str:
+        """The path as the user would type it."""
+        with contextlib.suppress(ValueError):
+            return str(self.path.resolve().relative_to(Path.cwd()))
+        return str(self.path)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """run.json: format, name, number, role, group, seed, parent, status, stages, created, command."""
+        return read_json(self / "run.json")
+
+    def update(self, **changes: Any) -> dict[str, Any]:
+        """Changes fields of run.json and returns the whole."""
+        info = self.info | changes
+        write_json(self / "run.json", info)
+        return info
+
+    def set_stage(self, name: str, status: Status) -> None:
+        self.update(stages=self.info["stages"] | {name: status})
+
+    @property
+    def config(self) -> Path:
+        return self / "config.yaml"
+
+    @property
+    def artefacts(self) -> list[Path]:
+        """The finished artefact directories, by name."""
+        return sorted(p.parent for p in self.path.glob("artefacts/*/manifest.json"))
+
+    def stage_dir(self, name: str) -> Path:
+        return self.path / "stages" / name
+
+    def log(self, text: str) -> None:
+        """Appends a line to log.txt."""
+        with open(self / "log.txt", "a", encoding="utf-8") as file:
+            file.write(text.rstrip("\n") + "\n")
+
+    def append_metrics(self, line: dict[str, Any]) -> int:
+        """Appends one line to metrics.jsonl and returns the size of the file after it."""
+        with open(self / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            return file.tell()
+
+    def metrics_size(self) -> int:
+        path = self / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def cut_metrics(self, size: int) -> None:
+        """Drops what was appended to metrics.jsonl after it had this size."""
+        path = self / "metrics.jsonl"
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for this process; a second process is refused. The lock dies with its process."""
+        try:
+            import fcntl
+        except ImportError:  # Windows has no flock: the run is then not guarded
+            yield
+            return
+        with open(self / "run.lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                hint = "wait for it, or stop it first"
+                raise KdctlError(f"{self} is in use by another kdctl process", hint=hint) from None
+            yield
+
+
+# ----------------------------------------------------------------------------------------------------------- creating
+
+
+def create(
+    name: str,
+    config: str,
+    source: str,
+    *,
+    stages: list[str],
+    seed: int,
+    role: Literal["main", "control"] = "main",
+    group: str | None = None,
+    parent: str | None = None,
+    run_dir: Path | None = None,
+    code: list[Path] | None = None,
+    root: Path = ROOT,
+) -> Run:
+    """Makes a run directory that can be resumed from the moment it has its name.
+
+    config is the resolved experiment, source the file the user wrote, code the user's own component files.
+    Raises UsageError when `run_dir` exists and is not empty.
+    """
+    home = run_dir.parent if run_dir else root / name
+    if run_dir and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        hint = "name another directory, or `kdctl resume` it"
+        raise UsageError(f"{run_dir} is there already; a run is never overwritten", hint=hint)
+    home.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=home, prefix=".new-"))
+    try:
+        os.chmod(aside, 0o755)
+        (aside / "config.yaml").write_text(config, encoding="utf-8")
+        (aside / "config.source.yaml").write_text(source, encoding="utf-8")
+        for file in code or []:
+            (aside / "code").mkdir(exist_ok=True)
+            shutil.copyfile(file, aside / "code" / file.name)
+        write_json(aside / "env.json", environment())
+        info: dict[str, Any] = {
+            "format": FORMAT, "name": name, "number": None, "role": role, "group": group, "seed": seed,
+            "parent": parent, "status": "running", "stages": dict.fromkeys(stages, "waiting"),
+            "created": datetime.now(UTC).isoformat(), "command": sys.argv,
+        }  # fmt: skip
+        path = _take_name(aside, home, run_dir, info)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if role == "main":
+        write_text(root / "latest", f"{path.resolve()}\n")
+    return Run(path)
+
+
+def _take_name(aside: Path, home: Path, run_dir: Path | None, info: dict[str, Any]) -> Path:
+    """Renames the finished directory to its final name: `run_dir`, or the next free number under `home`."""
+    while True:
+        number = None if run_dir else 1 + max((int(p.name) for p in home.iterdir() if p.name.isdigit()), default=0)
+        path = run_dir or home / f"{number:03d}"
+        write_json(aside / "run.json", info | {"number": number})
+        try:
+            os.rename(aside, path)
+            return path
+        except OSError:
+            if run_dir or not path.exists():
+                raise
+
+
+def environment() -> dict[str, Any]:
+    """What the run was made with: versions, machine, command. Read without importing anything heavy."""
+    packages = {}
+    for package in ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors", "timm", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            packages[package] = metadata.version(package)
+    return {
+        "kdctl": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "packages": packages,
+        "command": sys.argv,
+        "directory": str(Path.cwd()),
+        "threads_environment": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def create_group(name: str, document: dict[str, Any], root: Path = ROOT) -> Path:
+    """Writes runs/<name>/groups/<NNN>.json under the next free number and returns its path."""
+    home = root / name / "groups"
+    home.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(p.stem) for p in home.glob("*.json") if p.stem.isdigit()), default=0)
+    while True:
+        path = home / f"{number:03d}.json"
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            number += 1
+            continue
+        write_json(path, document)
+        return path
+
+
+# ------------------------------------------------------------------------------------------------------------ finding
+
+
+def is_run(path: Path) -> bool:
+    return (path / "run.json").is_file() and (path / "config.yaml").is_file()
+
+
+def all_runs(root: Path = ROOT) -> list[Run]:
+    """Every run under `root`, oldest first."""
+    runs = [Run(p.parent) for p in root.glob("*/*/run.json") if is_run(p.parent)]
+    return sorted(runs, key=lambda run: (run.info["created"], str(run.path)))
+
+
+def find(text: str | None = None, root: Path = ROOT) -> Run:
+    """The run that the user means: a directory, `<name>` or `<name>/<NNN>` under `root`, or `latest` (also None).
+
+    Raises MissingError, naming what is there.
+    """
+    if text is None or text == "latest":
+        return _latest(root)
+    for path in (Path(text), root / text):
+        if is_run(path):
+            return Run(path)
+        numbered = sorted(p for p in path.glob("[0-9]*") if is_run(p)) if path.is_dir() else []
+        if numbered:
+            return Run(numbered[-1])
+    known = [str(run) for run in all_runs(root)]
+    hint = did_you_mean(text, known) or "`kdctl list runs` shows what is there"
+    raise MissingError(f"there is no run at '{text}'", hint=hint)
+
+
+def _latest(root: Path) -> Run:
+    try:
+        named = Path((root / "latest").read_text(encoding="utf-8").strip())
+    except OSError:
+        named = None
+    if named and is_run(named):
+        return Run(named)
+    main = [run for run in all_runs(root) if run.info["role"] == "main"]  # a moved tree, or a crash before `latest`
+    if not main:
+        hint = "`kdctl train CONFIG` makes one; `kdctl init` writes a CONFIG to start from"
+        raise MissingError(f"there is no run under {root.resolve()}", hint=hint)
+    return main[-1]

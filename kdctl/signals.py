@@ -1,0 +1,89 @@
+"""What one training step sees: a Batch of samples, and the Signals of a model on it.
+
+Shapes: N samples, C classes, H x W pixels, L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""A target that is not there: an unlabelled sample, a padded token, a void pixel."""
+
+
+@dataclass
+class Batch:
+    """Samples of one step.
+
+    inputs: what the model takes; images are float (N, C, H, W) in [0, 1].
+    targets: the task's labels, IGNORE where there is none; classification (N,) int64.
+    index: (N,) int64, the sample's number in its split: keys of augmentation, stores and memory banks.
+    view: (N,) int64, which augmented view of the sample this is; -1 is the clean sample.
+    keep: None, or a bool mask over the rows of the logits that count (tokens that are not padding).
+    """
+
+    inputs: Any
+    targets: Tensor
+    index: Tensor
+    view: Tensor
+    keep: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return int(self.index.shape[0])
+
+    def num_rows(self) -> int | Tensor:
+        """How many rows of logits count: samples, or kept tokens."""
+        return self.size if self.keep is None else self.keep.sum()
+
+    def split(self, parts: int) -> list[Batch]:
+        """Micro-batches of nearly equal size, in order; fewer than `parts` when there are fewer samples."""
+        if parts == 1:
+            return [self]
+        positions = torch.arange(self.size).tensor_split(min(parts, self.size))
+        return [self.take(slice(int(p[0]), int(p[-1]) + 1)) for p in positions]
+
+    def take(self, rows: slice) -> Batch:
+        def cut(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: cut(v) for k, v in value.items()}
+            return value[rows]
+
+        keep = None if self.keep is None else self.keep[rows]
+        return Batch(
+            cut(self.inputs), self.targets[rows], self.index[rows], self.view[rows], keep, cut(self.extra)
+        )
+
+
+@dataclass
+class Signals:
+    """What a loss sees of a model on a batch.
+
+    logits: in the task's shape, classes last but one for maps: (N, C), (N, C, H, W) or (N, L, C) with class_dim 2.
+    link: how logits become probabilities: softmax over classes, or one sigmoid a class.
+    features: the output at each tap.
+    keep: mask of the rows that count, None for all.
+    """
+
+    logits: Tensor
+    link: Literal["softmax", "sigmoid"] = "softmax"
+    features: dict[str, Tensor] = field(default_factory=dict)
+    keep: Tensor | None = None
+    class_dim: int = 1
+
+    def rows(self) -> Tensor:
+        """Logits as rows (R, C) of the samples, pixels or tokens that count, in float32 or better."""
+        logits = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
+        if logits.ndim > 2:
+            logits = logits.movedim(self.class_dim, -1).reshape(-1, logits.shape[self.class_dim])
+        return logits if self.keep is None else logits[self.keep.reshape(-1)]
+
+    def feature(self, tap: str) -> Tensor:
+        """The feature at a tap, in float32 or better."""
+        value = self.features[tap]
+        return value if value.dtype == torch.float64 else value.float()

@@ -1,0 +1,174 @@
+"""Classification of images: one of C classes a sample.
+
+Metrics are computed in float64 from all logits (N, C) and targets (N,) of a split; samples without a label do not count,
+and without any labelled sample a metric is NaN. Ties are broken the same way everywhere: the lower class index wins. A
+row with a NaN decides for no class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from kdctl.errors import ConfigError, Problem
+from kdctl.signals import IGNORE, Batch, Signals
+from kdctl.tasks.base import Metric, Task
+
+ECE_BINS = 15
+
+
+class Classification(Task):
+    """One of C classes a sample: cross entropy, top-1."""
+
+    primary: ClassVar[str] = "top1"
+
+    def collate(self, samples: Sequence[tuple[Any, Any, int]]) -> Batch:
+        """Images (C, H, W), uint8 or float in [0, 1], to one float batch (N, C, H, W)."""
+        images = torch.stack([torch.as_tensor(image) for image, _, _ in samples])
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        targets = torch.tensor([int(target) for _, target, _ in samples])
+        index = torch.tensor([index for _, _, index in samples])
+        return Batch(images, targets, index, torch.full_like(index, -1))
+
+    def signals(self, outputs: Any, batch: Batch, features: Mapping[str, Tensor] | None = None) -> Signals:
+        """Finds the logits (N, C): the output itself, its `logits`, or the first of a tuple.
+
+        Raises ConfigError where there are none of that shape.
+        """
+        logits = _logits(outputs)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch.size:
+            got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            message = f"classification needs logits of shape ({batch.size}, classes); the model gave {got}"
+            raise ConfigError(Problem(message, key="task", hint="flatten or pool inside the model, or choose another task"))
+        return Signals(logits, "softmax", dict(features or {}))
+
+    def supervised(
+        self, student: Signals, batch: Batch, *, label_smoothing: float = 0.0, **_: Any
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Cross entropy with the target (1 - a) onehot + a / C, a the smoothing (Szegedy et al., 2016).
+
+        Unlabelled samples contribute nothing, and their logits get no gradient.
+        """
+        log_p = F.log_softmax(student.rows(), dim=1)
+        labelled = batch.targets != IGNORE
+        chosen = log_p.gather(1, batch.targets.clamp_min(0)[:, None]).squeeze(1)
+        loss = -(1 - label_smoothing) * chosen
+        if label_smoothing:
+            loss = loss - label_smoothing * log_p.mean(1)
+        return {"ce": (loss.masked_fill(~labelled, 0).sum(), labelled.sum())}
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"top1": top1, "top5": top5, "nll": negative_log_likelihood, "ece": calibration_error}
+
+    def per_class(self, logits: ArrayLike, targets: ArrayLike) -> list[dict[str, Any]]:
+        """Of each class: how many samples have it, and the percent of these that are recognised (None without any)."""
+        rows, truth = _labelled(logits, targets)
+        right = predictions(rows) == truth
+        samples = np.bincount(truth, minlength=rows.shape[1])
+        hits = np.bincount(truth, weights=right, minlength=rows.shape[1])
+        return [
+            {"samples": int(n), "top1": 100 * float(h) / int(n) if n else None}
+            for n, h in zip(samples, hits, strict=True)
+        ]
+
+    def agreement(self, logits_a: ArrayLike, logits_b: ArrayLike) -> float:
+        """Percent of samples for which two models choose the same class."""
+        a, b = predictions(logits_a), predictions(logits_b)
+        return _percent((a == b) & (a >= 0))
+
+    def chance(self, targets: ArrayLike) -> float:
+        """Top-1 of always answering the most frequent class, in percent."""
+        truth = _array(targets)
+        truth = truth[truth != IGNORE].astype(np.int64)
+        return 100 * float(np.bincount(truth).max()) / truth.size if truth.size else float("nan")
+
+    def example(self, shape: Sequence[int], num_samples: int = 1) -> Tensor:
+        """Images (N, C, H, W) of noise in [0, 1]; `shape` is (C, H, W)."""
+        return torch.rand(num_samples, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def predictions(logits: ArrayLike) -> NDArray[np.int64]:
+    """The chosen class of each row: the largest logit, the lower index where several are; -1 for a row with a NaN."""
+    rows = _array(logits)
+    return np.where(np.isnan(rows).any(1), -1, rows.argmax(1))
+
+
+def top1(logits: ArrayLike, targets: ArrayLike) -> float:
+    """Percent of samples whose label is the chosen class."""
+    return _top(logits, targets, 1)
+
+
+def top5(logits: ArrayLike, targets: ArrayLike) -> float:
+    """Percent of samples whose label is among the five largest logits (with fewer than five classes: always)."""
+    return _top(logits, targets, 5)
+
+
+def negative_log_likelihood(logits: ArrayLike, targets: ArrayLike) -> float:
+    """Mean of -log softmax(logits)[label], in nats."""
+    rows, truth = _labelled(logits, targets)
+    if not truth.size:
+        return float("nan")
+    return float(-_log_softmax(rows)[np.arange(truth.size), truth].mean())
+
+
+def calibration_error(logits: ArrayLike, targets: ArrayLike) -> float:
+    """Expected calibration error in percent (Guo et al., ICML 2017, eq. 3).
+
+    Samples are put into 15 bins of equal width by the probability of their chosen class, bin m covering
+    ((m - 1) / 15, m / 15]; the error is the mean over samples of |accuracy - confidence| of their bin.
+    """
+    rows, truth = _labelled(logits, targets)
+    if not truth.size:
+        return float("nan")
+    confidence = np.exp(_log_softmax(rows).max(1))
+    gap = (predictions(rows) == truth) - confidence
+    if np.isnan(gap).any():
+        return float("nan")
+    bins = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
+    return 100 * float(np.abs(np.bincount(bins, weights=gap, minlength=ECE_BINS)).sum()) / truth.size
+
+
+def _top(logits: ArrayLike, targets: ArrayLike, k: int) -> float:
+    rows, truth = _labelled(logits, targets)
+    own = rows[np.arange(truth.size), truth][:, None]
+    before = (rows > own) | ((rows == own) & (np.arange(rows.shape[1]) < truth[:, None]))
+    right = before.sum(1) < min(k, rows.shape[1])
+    return _percent(right & ~np.isnan(rows).any(1))
+
+
+def _percent(right: NDArray[np.bool_]) -> float:
+    return 100 * float(right.mean()) if right.size else float("nan")
+
+
+def _labelled(logits: ArrayLike, targets: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    rows, truth = _array(logits), _array(targets).astype(np.int64)
+    labelled = truth != IGNORE
+    return rows[labelled], truth[labelled]
+
+
+def _array(values: ArrayLike) -> NDArray[np.float64]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def _log_softmax(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = rows - rows.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def _logits(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        return outputs["logits"]
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    return outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs

@@ -1,0 +1,1 @@
+"""Teachers: what gives the signals that a student learns from."""
