@@ -161,7 +161,8 @@ def evaluate_run(
 def describe(predictions: Predictions, task: Task, data: Data) -> dict[str, Any]:
     """Samples, metrics and the metric of each class."""
     labelled = predictions.targets >= 0
-    rows = task.per_class(predictions.logits[labelled], predictions.targets[labelled], data.class_names)
+    rows = task.per_class(predictions.logits[labelled], predictions.targets[labelled])
+    rows = [{"name": name} | row for name, row in zip(data.class_names, rows, strict=True)]
     return {"samples": int(labelled.sum()), "metrics": metrics(predictions, task), "per_class": rows}
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import shutil
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdctl import build, checkpoint, runs
+from kdctl import artefacts, build, checkpoint, runs
 from kdctl.build import Built
-from kdctl.compress.stage import run_output_stage
 from kdctl.config.schema import Experiment, TrainStage
 from kdctl.data.prepare import Data
 from kdctl.device import apply_threads
-from kdctl.errors import Interrupted, KdctlError
-from kdctl.evaluate import choose_split, evaluate_run, load_student, summary, validate
+from kdctl.errors import Interrupted
+from kdctl.bench import cost
+from kdctl.evaluate import evaluate_run, validate
 from kdctl.fit import Progress, Reporter, StopSignal, fit
 from kdctl.models.record import Model, load_model, save_model
 from kdctl.runs import Run
@@ -57,7 +54,7 @@ def _run_stages(run: Run, experiment: Experiment, reporter: Reporter, stop: Stop
     for output in experiment.output_stages:
         if run.info["stages"].get(output.name) != "done":
             reporter.say(f"stage {output.name}")
-            run_output_stage(run, experiment, output, data)
+            artefacts.make(run, experiment, output, data)
             run.set_stage(output.name, "done")
             stop.check(f"after stage {output.name}; `kdctl resume {run}` continues")
     return runs.read_json(run / "summary.json")
@@ -70,7 +67,7 @@ def _run_train_stage(
     run: Run, experiment: Experiment, stage: TrainStage, data: Data, reporter: Reporter, stop: StopSignal
 ) -> None:
     run.set_stage(stage.name, "running")
-    start = _start(run, experiment, stage)
+    start = None if stage.start == "fresh" else run.stage_dir(stage.start) / "model"
     built = build.build_stage(experiment, stage, data, lambda name: run.stage_dir(name) / "model", start)
     _check_teachers(built, stage, experiment)
     reporter.say(_describe(stage, built))
@@ -87,17 +84,6 @@ def _run_train_stage(
     run.update(seconds=seconds, stages=run.info["stages"] | {stage.name: "done"})
     if state.finished != "all epochs done":
         reporter.say(f"stage {stage.name}: {state.finished}")
-
-
-def _start(run: Run, experiment: Experiment, stage: TrainStage) -> Path | None:
-    """The stem of the weights a stage starts from: the stage it names, or the last one before it in the same role."""
-    if stage.start == "fresh":
-        return None
-    if stage.start != "previous":
-        return run.stage_dir(stage.start) / "model"
-    names = [s.name for s in experiment.train_stages]
-    earlier = [s for s in experiment.train_stages[: names.index(stage.name)] if s.role == stage.role]
-    return run.stage_dir(earlier[-1].name) / "model" if earlier else None
 
 
 def _check_teachers(built: Built, stage: TrainStage, experiment: Experiment) -> None:
@@ -173,7 +159,7 @@ def summarize(run: Run, experiment: Experiment, data: Data) -> dict[str, Any]:
         "samples_per_second": _median([line["samples_per_second"] for line in lines]),
         "precision": experiment.train.precision,
         "threads": experiment.train.threads,
-        "student": summary(model) | {
+        "student": _about(model) | {
             "kept": result["kept"],
             "best": {"epoch": result["best_epoch"], "val": kept["val"] if kept else {}, split: best["metrics"]},
             "last": {split: last["metrics"]},
@@ -186,6 +172,10 @@ def summarize(run: Run, experiment: Experiment, data: Data) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _about(model: Model) -> dict[str, Any]:
+    return {"kind": model.record.kind, "parameters": cost.parameters(model.net)}
+
+
 def _teacher_summary(
     run: Run, experiment: Experiment, data: Data, measured: dict[str, Any], split: str
 ) -> dict[str, Any] | None:
@@ -194,10 +184,20 @@ def _teacher_summary(
         return None
     models = [build.build_model(s, data, "teacher", lambda name: run.stage_dir(name) / "model") for s in specs]
     kinds = [model.record.kind for model in models]
-    parameters = sum(int(summary(model)["parameters"]) for model in models)
+    parameters = sum(cost.parameters(model.net) for model in models)
     return {"kind": " + ".join(kinds), "parameters": parameters, split: measured["teacher"]}
 
 
 def _median(values: Sequence[float]) -> float:
     ordered = sorted(values)
     return ordered[len(ordered) // 2] if ordered else 0.0
+
+
+# -------------------------------------------------------------------------------------------------- stages afterwards
+
+
+def compress(run: Run, experiment: Experiment, stage: OutputStage) -> dict[str, Any]:
+    """Runs one more output stage on a finished run."""
+    with run.locked():
+        apply_threads(experiment.train)
+        return artefacts.make(run, experiment, stage, build.build_data(experiment))

@@ -37,24 +37,25 @@ GROUPS: dict[str, tuple[str, str]] = {
 """group -> (package, name of its table)."""
 
 GIVEN: dict[str, frozenset[str]] = {
-    "models": frozenset({"num_classes", "in_channels"}),
+    "models": frozenset({"num_classes", "in_channels", "image_shape"}),
+    "methods": frozenset({"student", "teacher", "terms", "task", "frozen"}),
     "optimizers": frozenset({"params"}),
 }
 """Arguments that kdctl itself supplies when it builds a component of the group; a file does not set them."""
 
-BASES: dict[str, str] = {
+CONTRACTS: dict[str, str | tuple[str, ...]] = {
     "models": "torch.nn:Module",
     "losses": "kdctl.losses.base:Loss",
     "methods": "kdctl.methods.base:Method",
-    "data": "kdctl.data.base:Source",
+    "data": ("load",),
     "augment": "kdctl.data.augment:Augmentation",
     "tasks": "kdctl.tasks.base:Task",
     "optimizers": "torch.optim:Optimizer",
     "schedules": "kdctl.optim.schedules:Schedule",
-    "compressors": "kdctl.compress.base:Compressor",
-    "exporters": "kdctl.export.base:Exporter",
+    "compressors": ("variant", "convert"),
+    "exporters": ("variant", "convert"),
 }
-"""What a user's own class of the group has to derive from."""
+"""What makes a user's own class one of the group: the class that it derives from, or the methods that it has."""
 
 SINGULAR = {
     "models": "model", "losses": "loss", "methods": "method", "data": "data source", "augment": "augmentation",
@@ -79,7 +80,7 @@ class Component:
 
     @property
     def is_builtin(self) -> bool:
-        return self.source == "built-in"
+        return self.source.startswith("built-in")
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,8 @@ def _own_component(group: str, kind: str, place: str, name: str, base: Path | No
     if not is_file_kind(kind):
         component = Component(group, kind, kind, source=place)
     else:
-        path = Path(os.path.abspath((base or Path.cwd()) / Path(place).expanduser()))
-        if not path.is_file():
+        path = Path(os.path.abspath((base or Path.cwd()) / os.path.expanduser(place)))
+        if not os.path.isfile(path):
             raise ConfigError(f"there is no file {path} for kind '{kind}'", hint="paths are read against their file")
         component = Component(group, kind, f"{path}:{name}", source=str(path))
     doc = _source(component).doc
@@ -258,14 +259,22 @@ def load(component: Component) -> type:
     loaded = getattr(module, name, None)
     if not isinstance(loaded, type):
         raise ConfigError(f"kind '{component.name}': {place} has no class '{name}'")
-    if not component.is_builtin and not component.source.startswith("built-in"):
-        base_module, _, base_name = BASES[component.group].partition(":")
-        if not issubclass(loaded, getattr(importlib.import_module(base_module), base_name)):
-            raise ConfigError(
-                f"kind '{component.name}' is not a {SINGULAR[component.group]}: {name} does not derive from "
-                f"{base_module}.{base_name}"
-            )
+    if not component.is_builtin:
+        _check_contract(component, loaded)
     return loaded
+
+
+def _check_contract(component: Component, loaded: type) -> None:
+    contract = CONTRACTS[component.group]
+    if isinstance(contract, tuple):
+        absent = [name for name in contract if not callable(getattr(loaded, name, None))]
+        lack = f"has no method {absent[0]}()" if absent else ""
+    else:
+        module, _, name = contract.partition(":")
+        fits = issubclass(loaded, getattr(importlib.import_module(module), name))
+        lack = "" if fits else f"does not derive from {module}.{name}"
+    if lack:
+        raise ConfigError(f"kind '{component.name}' is not a {SINGULAR[component.group]}: {loaded.__name__} {lack}")
 
 
 def create(group: str, kind: str, arguments: Mapping[str, Any], base: Path | None = None, **given: Any) -> Any:

@@ -201,13 +201,13 @@ def _hands_on(init: ast.FunctionDef) -> bool:
 def _literal_attributes(node: ast.ClassDef) -> dict[str, Any]:
     attributes = {}
     for item in node.body:
-        target = item.target if isinstance(item, ast.AnnAssign) else None
-        if isinstance(item, ast.Assign) and len(item.targets) == 1:
-            target = item.targets[0]
-        if not isinstance(target, ast.Name) or item.value is None:  # type: ignore[attr-defined]
+        if not isinstance(item, ast.Assign | ast.AnnAssign) or item.value is None:
+            continue
+        target = item.targets[0] if isinstance(item, ast.Assign) else item.target
+        if not isinstance(target, ast.Name):
             continue
         try:
-            attributes[target.id] = ast.literal_eval(item.value)  # type: ignore[attr-defined]
+            attributes[target.id] = ast.literal_eval(item.value)
         except ValueError:
             continue
     return attributes

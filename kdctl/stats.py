@@ -1,8 +1,8 @@
 """Is one number larger than another? Means, intervals and the paired test over seeds: plain floats, no dependency.
 
-Runs of a group share seeds: run i of the treatment and run i of the control see the same pixels in the same order. Their
-difference is therefore tested pair by pair with Student's t distribution (W. S. Gosset, "The probable error of a mean",
-Biometrika 1908), which is what makes a handful of seeds enough. The t distribution comes from the regularised
+Runs of a group share seeds: run i of the treatment and run i of the control see the same pixels in the same order.
+Their difference is therefore tested pair by pair with Student's t distribution (W. S. Gosset, "The probable error of
+a mean", Biometrika 1908), which is what makes a handful of seeds enough. The t distribution comes from the regularised
 incomplete beta function, evaluated by its continued fraction (Abramowitz & Stegun, 26.5.8 and 26.7.1).
 """
 
@@ -151,7 +151,7 @@ def verdict(result: PairedResult, unit: str = "points") -> str:
         return f"one seed cannot tell: {result.mean:+.2f} {unit} is within what another seed may change; use --seeds"
     low, high = result.ci95
     if low == high != 0:  # differences of a small test split are coarse: seeds can agree by chance
-        return f"no interval: all {result.n} seeds differ by {result.mean:+.2f} {unit}; more seeds would show the spread"
+        return f"no interval: all {result.n} seeds differ by {result.mean:+.2f} {unit}; more seeds show the spread"
     numbers = (
         f"{result.mean:+.2f} {unit}, 95 % interval [{low:+.2f}, {high:+.2f}], "
         f"n = {result.n} seeds, p {_p_text(result.p_value)}"

@@ -160,8 +160,8 @@ class Taps:
                 self._unchanged.add(key)
             elif key in self._unchanged:
                 self._unchanged.discard(key)
-                hint = "its layers differ from forward to forward: tap the input of a later module instead"
-                problems.append(Problem(f"the feature at tap '{key[0]}' was overwritten in place", key="taps", hint=hint))
+                hint = "the model's layers differ from forward to forward: tap the input of a later module"
+                problems.append(Problem(f"the feature at tap '{key[0]}' was overwritten", key="taps", hint=hint))
         if problems:
             raise ConfigError(*problems)
 
@@ -173,8 +173,8 @@ class Taps:
                 raise ConfigError(Problem(message, key="taps", hint=_closest(tap.text, self._modules)))
             value = found
         if not isinstance(value, Tensor):
-            hint = "add .key or .index to the tap"
-            raise ConfigError(Problem(f"tap '{tap.text}' holds no tensor but {_describe(value)}", key="taps", hint=hint))
+            message = f"tap '{tap.text}' holds no tensor but {_describe(value)}"
+            raise ConfigError(Problem(message, key="taps", hint="add .key or .index to the tap"))
         return value
 
 
@@ -210,7 +210,8 @@ def _parse(modules: Mapping[str, nn.Module], path: str) -> _Tap | Problem:
     if match["side"] is None and match["call"] is None:
         dotted, keys = _longest_module(modules, dotted)
     if dotted not in modules or (not dotted and not path.startswith((":", "#", "."))):
-        return Problem(f"the model has no module '{match['dotted']}'", key="taps", hint=_closest(dotted or path, modules))
+        message = f"the model has no module '{match['dotted']}'"
+        return Problem(message, key="taps", hint=_closest(dotted or path, modules))
     of_input, call = match["side"] is not None, int(match["call"] or 1)
     return _Tap(path, dotted, of_input, call, tuple(k for k in keys.split(".") if k))
 
@@ -262,6 +263,6 @@ def _describe(value: Any) -> str:
 def _not_reached(tap: _Tap, calls: int) -> Problem:
     if calls == 0:
         message = f"the module of tap '{tap.text}' was not called in the forward"
-        return Problem(message, key="taps", hint="a container that is only looped over has no output: tap a layer in it")
+        return Problem(message, key="taps", hint="a container that is looped over has no output: tap a layer in it")
     message = f"tap '{tap.text}' wants call {tap.call} of its module, which was called {calls} times in the forward"
     return Problem(message, key="taps")

@@ -77,16 +77,23 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kdctl {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
     """Knowledge distillation and model compression from one YAML.
 
     `kdctl init` writes an experiment, `kdctl train` runs it, `kdctl eval` measures the result, `kdctl compress` makes
     it smaller. `kdctl COMMAND --help` explains a command.
     """
-    if version:
-        print(f"kdctl {__version__}")
-        raise typer.Exit
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from kdctl.cli import console
 from kdctl.cli.verb import Argument, ExperimentOptions, Reply
-from kdctl.errors import ConfigError, MissingError
+from kdctl.errors import ConfigError, KdctlError, MissingError
 
 if TYPE_CHECKING:
     from kdctl.config.schema import Component, Experiment, ModelSpec, OutputStage, TrainStage
 
 
 def check(options: ExperimentOptions, config: Annotated[str, Argument(help="The experiment file.")]) -> Reply:
-    """Every problem of an experiment file at once, with file, line and key; the plan of what would run when it is valid.
+    """Every problem of an experiment file at once, with file, line and key; where there is none, what would run.
 
     Needs no torch and writes nothing.
     """
-    from pathlib import Path
-
     from kdctl.config.expand import load_experiment
 
     try:
         experiment = load_experiment(Path(config), options.overrides).experiment
     except (ConfigError, MissingError) as error:
-        return Reply({"errors": [], "plan": None}, _show_count(config, len(error.problems)), error)
+        return Reply({"errors": [], "plan": None}, _show_count(config, error), error)
     return Reply({"errors": [], "plan": plan(experiment)}, _show)
 
 
@@ -82,8 +82,9 @@ def _component(component: Component) -> dict[str, Any]:
     return {"kind": component.kind, "arguments": component.arguments}
 
 
-def _show_count(config: str, count: int) -> Any:
-    return lambda _: console.say(f"{config} is not valid: {count} problem{'s' * (count != 1)}")
+def _show_count(config: str, error: KdctlError) -> Callable[[dict[str, Any]], None]:
+    count = len(error.problems)
+    return lambda _: console.say(f"{config}: {count} problem{'s' * (count != 1)}")
 
 
 def _show(document: dict[str, Any]) -> None:
@@ -114,11 +115,9 @@ def _stage_text(stage: dict[str, Any]) -> str:
     losses = " + ".join(
         f"{_weight_text(loss['weight'])}{loss['kind']}{_arguments_text(loss['arguments'])}" for loss in stage["losses"]
     )
-    optimizer = stage["optimizer"]
-    return (
-        f"{stage['name']}: {stage['epochs']} epochs, {losses or 'no loss'}, "
-        f"{optimizer['kind']}{_arguments_text(optimizer['arguments'])}, {stage['schedule']['kind']}"
-    )
+    rate = stage["optimizer"]["arguments"].get("lr")
+    optimizer = stage["optimizer"]["kind"] + ("" if rate is None else f" (lr {rate:g})")
+    return f"{stage['name']}: {stage['epochs']} epochs, {losses}, {optimizer}, {stage['schedule']['kind']}"
 
 
 def _weight_text(weight: Any) -> str:
@@ -128,4 +127,6 @@ def _weight_text(weight: Any) -> str:
 
 
 def _arguments_text(arguments: dict[str, Any]) -> str:
-    return f" ({', '.join(f'{k} {v}' for k, v in arguments.items())})" if arguments else ""
+    """The arguments that say something at a glance: neither off nor a list."""
+    shown = [k if v is True else f"{k} {v}" for k, v in arguments.items() if v and not isinstance(v, list | dict)]
+    return f" ({', '.join(shown)})" if shown else ""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from dataclasses import replace
+from pathlib import Path, PurePath
 from typing import Any, TextIO
 
 from kdctl.errors import KdctlError
@@ -50,10 +52,26 @@ def detail(text: str) -> None:
 def print_error(error: KdctlError) -> None:
     """Every problem as `file:line: key: message`, its hint on a line below, on stderr; also under --quiet."""
     for problem in error.problems:
-        print(problem.where() + problem.message, file=sys.stderr)
+        print(replace(problem, file=problem.file and near(problem.file)).where() + problem.message, file=sys.stderr)
         if problem.hint:
             print(f"  hint: {problem.hint}", file=sys.stderr)
     sys.stderr.flush()
+
+
+def near(place: str) -> str:
+    """A place in a file below the working directory, as the user would type it."""
+    return place.removeprefix(f"{Path.cwd()}{os.sep}")
+
+
+def yaml_text(value: object) -> str:
+    """A plain value on one line, as it stands in an experiment file."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {yaml_text(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(yaml_text(v) for v in value) + "]"
+    return str(value)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -15,8 +15,8 @@ WHAT = (*registry.GROUPS, "templates", "runs")
 
 def list_(
     options: Options,
-    what: Annotated[str, Argument(metavar="{" + ",".join(WHAT) + "}", help="What to list.")],
-    pattern: Annotated[str | None, Argument(metavar="[GLOB]", help="Only names like this: resnet*, or a part.")] = None,
+    what: Annotated[str, Argument(help=", ".join(WHAT))],
+    pattern: Annotated[str | None, Argument(metavar="GLOB", help="Names like resnet*, or a part of one.")] = None,
 ) -> Reply:
     """The catalogue: components by group, the templates of `kdctl init`, and the runs of this directory."""
     if what not in WHAT:

@@ -12,7 +12,7 @@ from kdctl.cli.verb import Option, Options, Reply
 
 def schema(
     options: Options,
-    output: Annotated[str | None, Option("-o", "--output", metavar="FILE", help="Write it here, not to stdout.")] = None,
+    output: Annotated[str | None, Option("-o", "--output", metavar="FILE", help="Write it here.")] = None,
 ) -> Reply:
     """The JSON Schema of experiment files, for completion and checks in an editor.
 

@@ -57,7 +57,7 @@ class ExperimentOptions(Options):
 
     device: Annotated[str | None, Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = None
     overrides: Annotated[
-        list[str], Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's, such as train.epochs=5.")
+        list[str], Argument(metavar="KEY=VALUE", help="Values that replace the file's, such as train.epochs=5.")
     ] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -116,6 +116,8 @@ def command(name: str, verb: Callable[..., Reply]) -> Any:
     built = typer.main.get_command(app)
     for parameter in built.params:
         spare_pydantic(parameter, call.__annotations__[str(parameter.name)])
+        if parameter.param_type_name == "argument":
+            parameter.metavar = parameter.metavar or str(parameter.name).upper()
     return built
 
 
@@ -136,7 +138,7 @@ def _parameters(verb: Callable[..., Reply]) -> tuple[list[inspect.Parameter], li
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             annotation=hints[field.name],
-            default=[] if field.default is dataclasses.MISSING else field.default,
+            default=None if field.default is dataclasses.MISSING else field.default,
         )
         for field in dataclasses.fields(kind)
     ]
@@ -181,14 +183,21 @@ def spare_pydantic(parameter: Any, annotation: Any) -> None:
 
 
 class _Command(typer.core.TyperCommand):
-    """A command whose help flag is False, not None, when absent: Typer imports pydantic to convert a None."""
+    """A command with a usage line in the common form (`CONFIG [KEY=VALUE]...`)."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        pieces = [self.options_metavar or ""]
+        for argument in (p for p in self.params if p.param_type_name == "argument"):
+            name = argument.metavar if argument.required else f"[{argument.metavar}]"
+            pieces.append(f"{name}..." if argument.nargs == -1 else str(name))
+        return pieces
 
     def get_help_option(self, ctx: Any) -> Any:
         return plain_flag(super().get_help_option(ctx))
 
 
 def plain_flag(option: Any) -> Any:
-    """The option with False as its default."""
+    """A flag that is False, not None, when it is absent: Typer imports pydantic to convert a None."""
     if option is not None:
         option.default = False
     return option

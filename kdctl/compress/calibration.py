@@ -42,7 +42,8 @@ def ranges(session: Any, tensors: list[str], images: Floats, method: Calibration
     counts = {name: np.zeros(BINS, np.int64) for name in tensors}
     for name, values in _activations(session, tensors, images, batch):
         if high[name] > low[name]:
-            counts[name] += np.histogram(values, BINS, (low[name], high[name]))[0]
+            kept = values[values != 0] if method == "entropy" else values
+            counts[name] += np.histogram(kept, BINS, (low[name], high[name]))[0]
     choose = central if method == "percentile" else least_entropy
     return {n: choose(counts[n], (low[n], high[n])) if high[n] > low[n] else (low[n], high[n]) for n in tensors}
 
@@ -72,6 +73,7 @@ def least_entropy(counts: NDArray[np.int64], full: Range) -> Range:
 
     For each f the values outside are clipped onto the edges (P), the bins inside are averaged over each level's share
     of them (Q), and f with the least KL(P || Q) is taken (Migacz, 8-bit Inference with TensorRT, 2017, made two-sided).
+    `counts` leaves out exact zeros: they are represented exactly in any range, and as a spike they would draw it in.
     """
     low, high = full
     zero = round(-low / (high - low) * len(counts))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kdctl.compress.base import Compressor
 from kdctl.compress.calibration import Range, ranges
 from kdctl.config.types import PositiveInt
 from kdctl.errors import KdctlError
@@ -33,7 +34,7 @@ BETWEEN = (
 """What stands between convolutions: in int8 too, or every one of them costs two conversions and a float kernel."""
 
 
-class Quantize:
+class Quantize(Compressor):
     """Static int8: weights symmetric, a scale a channel; activations with ranges from calibration images.
 
     Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, 2018.
@@ -80,7 +81,6 @@ class Quantize:
             found = self._calibrate(prepared, images, Path(folder))
             quantized = self._quantize(prepared, found)
         _float_logits(quantized)
-        _drop_zero_points(quantized)
         graph.strip(quantized)
         graph.shorten(quantized)
         quantization = {
@@ -95,9 +95,10 @@ class Quantize:
         import onnx
         from onnxruntime.quantization import quant_pre_process
 
-        path = folder / "prepared.onnx"
+        source, path = folder / "source.onnx", folder / "prepared.onnx"
+        onnx.save(proto, source)
         with quiet():
-            quant_pre_process(proto, path, skip_symbolic_shape=True)
+            quant_pre_process(source, path, skip_symbolic_shape=True)
         prepared = onnx.load(path)
         for i, node in enumerate(prepared.graph.node):
             node.name = f"{node.op_type}_{i}"
@@ -192,16 +193,4 @@ def _float_logits(proto: onnx.ModelProto) -> None:
         return
     linear.output[0] = OUTPUT
     view.replace(dequantize, [])
-    graph.prune(proto)
-
-
-def _drop_zero_points(proto: onnx.ModelProto) -> None:
-    """Leaves out zero points that are zero; what a QuantizeLinear without one makes is uint8, so others keep theirs."""
-    view = graph.Graph(proto)
-    for node in proto.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) == 3:
-            zero = view.constant(node.input[2])
-            implied = node.op_type == "DequantizeLinear" or (zero is not None and zero.dtype == np.uint8)
-            if zero is not None and implied and not zero.any():
-                del node.input[2]
     graph.prune(proto)

@@ -1,0 +1,1 @@
+"""Configuration: from YAML files and overrides to a checked, typed experiment. Nothing here imports torch."""

@@ -6,11 +6,13 @@ kind also has; the others fall away (config/check.py).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kdctl import registry
+from kdctl.config.messages import got
 from kdctl.config.yaml_io import Document, KeyPath, Origin, read_file, read_value
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem, did_you_mean
 
@@ -23,7 +25,7 @@ LIST_GROUPS = {
 
 def load_document(path: Path, overrides: Sequence[str] = ()) -> Document:
     """The merged document of a file. Raises ConfigError (all bad overrides at once) or MissingError."""
-    document = _read_chain(Path(path).absolute(), ())
+    document = _read_chain(Path(path), ())
     problems: list[Problem] = []
     for number, text in enumerate(overrides, start=1):
         try:
@@ -47,9 +49,10 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> Document:
     for key in [k for k in document.origins if k[:1] == ("extends",)]:
         del document.origins[key]
     if not isinstance(name, str) or not name:
-        raise ConfigError(Problem(f"`extends` takes the path of one file, got {name!r}", str(path), origin.line, "extends"))
-    target = path.parent / Path(name).expanduser()
-    if target.resolve() in [p.resolve() for p in (*above, path)]:
+        message = f"`extends` takes the path of one file, got {got(name)}"
+        raise ConfigError(Problem(message, str(path), origin.line, "extends"))
+    target = path.parent / os.path.expanduser(name)
+    if "\0" not in name and os.path.realpath(target) in [os.path.realpath(p) for p in (*above, path)]:
         way = " -> ".join(p.name for p in (*above, path, target))
         raise ConfigError(Problem(f"files extend each other in a circle: {way}", str(path), origin.line, "extends"))
     try:
@@ -127,7 +130,7 @@ def _step(current: Any, path: KeyPath, segment: str, problem: Problem) -> str | 
         is_number = segment.isascii() and segment.isdigit() and len(segment) < 10
         return int(segment) if is_number and segment not in current else segment
     if not isinstance(current, list):
-        raise fail(f"`{where}` is {current!r}: it has no key '{segment}'")
+        raise fail(f"`{where}` is {got(current)}: it has no key '{segment}'")
     if segment.isascii() and segment.isdigit():
         if int(segment[:9]) >= len(current):
             raise fail(f"`{where}` has {len(current)} items, counted from 0: there is no item {segment}")

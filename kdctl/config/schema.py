@@ -11,7 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from kdctl.config.types import Fraction, NonNegativeInt, PathStr, Positive, PositiveInt, Precision, Tap
+from kdctl.config.types import Fraction, NonNegative, NonNegativeInt, PathStr, Positive, PositiveInt, Precision, Tap
+
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
+"""What can name a run or a stage: it becomes a folder."""
 
 # --------------------------------------------------------------------------------------------------------- building
 
@@ -41,6 +44,9 @@ class Group:
 
     name: str
 
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        return {**handler(core_schema), "group": self.name}
+
 
 MethodSpec = Annotated[Component, Group("methods")]
 OptimizerSpec = Annotated[Component, Group("optimizers")]
@@ -64,8 +70,8 @@ class DataSpec(Component):
     """Where samples come from and how they become batches. Further keys are arguments of the source."""
 
     group = "data"
-    batch_size: PositiveInt = Field(128, description="samples a step, over all processes")
-    eval_batch_size: PositiveInt = Field(512, description="samples at once when measuring")
+    batch_size: PositiveInt = Field(128, le=2**20, description="samples a step, over all processes")
+    eval_batch_size: PositiveInt = Field(512, le=2**20, description="samples at once when measuring")
     val_fraction: float = Field(0.1, ge=0, lt=1, description="share of train held out, by class; best is picked here")
     split_seed: NonNegativeInt = Field(0, description="draws the validation split and which samples keep labels")
     augment: list[AugmentSpec] = Field([], description="batched augmentations, in order")
@@ -145,7 +151,9 @@ class LossSpec(Component):
 
     group = "losses"
     name: str | None = Field(None, description="what the term is called in metrics; its kind when left out")
-    weight: float | dict[NonNegativeInt, float] = Field(1.0, description="a number, or {epoch: number}, linear between")
+    weight: float | Annotated[dict[NonNegativeInt, float], Field(min_length=1)] = Field(
+        1.0, description="a number, or {epoch: number}, linear between"
+    )
     taps: list[Tap | TapPair] = Field([], description="module paths; {student, teacher} where they differ")
 
     @property
@@ -168,7 +176,7 @@ class Keeping(Section):
 
     epochs: PositiveInt = Field(30, description="passes over the training data")
     clip_norm: Positive | None = Field(None, description="largest gradient norm")
-    accumulate: PositiveInt = Field(1, description="micro-batches a step; the loss does not change")
+    accumulate: PositiveInt = Field(1, le=2**16, description="micro-batches a step; the loss does not change")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an exponential moving average of the weights")
     early_stop: PositiveInt | None = Field(None, description="stop after this many epochs without a better validation")
     keep: Literal["best", "last"] = Field("best", description="which weights are shipped")
@@ -178,7 +186,7 @@ class TrainStage(Keeping):
     """A stage that trains: what it does not set, it takes from the experiment."""
 
     kind: Literal["train"] = "train"
-    name: str = Field("student", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field("student", min_length=1, pattern=NAME)
     role: Literal["student", "teacher", "assistant"] = Field("student", description="what the trained model is for")
     student: ModelSpec | None = Field(None, description="the model that learns")
     teacher: TeacherSpec | list[TeacherSpec] | None = None
@@ -200,16 +208,21 @@ class TrainStage(Keeping):
 class OutputStage(Component):
     """A stage that makes an artefact: a compressor (`quantize`, ...) or `export` with its `target`."""
 
-    name: str = Field("", description="the variant's name; made from the arguments when left out")
+    name: str = Field("", pattern=f"^$|{NAME}", description="the variant's name; made from the arguments when left out")
+    max_drop: NonNegative | None = Field(None, description="gate: most points of the task's metric that may be lost")
+    min_speedup: Positive | None = Field(
+        None, description="gate: least speed-up over fp32 in the same runtime, batch 1"
+    )
 
 
-def _stage_type(value: Any) -> str:
+def stage_type(value: Any) -> str:
+    """The tag of the stage that a value is: one that trains, which is what a map without a kind does, or another."""
     kind = value.get("kind", "train") if isinstance(value, dict) else getattr(value, "kind", "train")
     return "<train>" if kind == "train" else "<output>"
 
 
 Stage = Annotated[
-    Annotated[TrainStage, Tag("<train>")] | Annotated[OutputStage, Tag("<output>")], Discriminator(_stage_type)
+    Annotated[TrainStage, Tag("<train>")] | Annotated[OutputStage, Tag("<output>")], Discriminator(stage_type)
 ]
 
 
@@ -232,7 +245,7 @@ class TrainSettings(RunSettings, Keeping):
 
 
 class _Common(Section):
-    name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="names the runs; the file's stem when left out")
+    name: str = Field("", pattern=f"^$|{NAME}", description="names the runs; the file's stem when left out")
     task: TaskSpec = TaskSpec(kind="classification")
     data: DataSpec
     student: ModelSpec

@@ -16,7 +16,6 @@ def _odd(value: int) -> int:
     return value
 
 
-
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -41,6 +41,7 @@ _WORDING = {
     "did not find expected ',' or ']'": "a ',' or the closing ']' is missing",
     "did not find expected ',' or '}'": "a ',' or the closing '}' is missing",
     "could not find expected ':'": "a ':' after a key is missing",
+    "found unexpected end of stream": "a quote is not closed",
     "control characters are not allowed": "a control character: this is not a text file",
 }
 
@@ -131,6 +132,11 @@ def read_value(text: str, name: str) -> tuple[Any, dict[KeyPath, Origin]]:
     return value, {path: Origin(name, None, "override") for path in origins}
 
 
+def resolves_to_text(text: str) -> bool:
+    """Whether an unquoted scalar would read back as this text, and not as a number, a boolean or null."""
+    return text not in _CONSTANTS and not any(p.match(text) for p in (_INT, _RADIX, _FLOAT, _NOT_FINITE))
+
+
 def _neighbour(path: Path) -> str | None:
     try:
         return did_you_mean(path.name, os.listdir(path.parent))
@@ -166,16 +172,19 @@ class _Reader:
         try:
             return self._compose(yaml.parse(text, Loader=_LOADER))
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
+            ended = error.problem == "found unexpected end of stream"
+            mark = error.context_mark if ended and error.context_mark else error.problem_mark or error.context_mark
             what = error.problem or error.context or "cannot be read"
             message = _WORDING.get(what, what)
             line = min(mark.line, text.count("\n")) if mark else 0
             if mark and text.split("\n")[line][mark.column : mark.column + 1] == "\t":
                 message = "a tab cannot indent or start a value: use spaces"
-            raise self.fail(f"not valid YAML: {message}", line + 1) from None
+            begun = error.context_mark.line if error.context_mark else line
+            hint = f"it belongs to what begins in line {begun + 1}" if begun < line else None
+            raise self.fail(f"not valid YAML: {message}", line + 1, hint) from None
         except yaml.reader.ReaderError as error:
-            line = text.count("\n", 0, error.position) + 1 if isinstance(error.position, int) else None
-            raise self.fail(f"not valid YAML: {_WORDING.get(error.reason, error.reason)}", line) from None
+            at = text.count("\n", 0, error.position) + 1 if isinstance(error.position, int) else None
+            raise self.fail(f"not valid YAML: {_WORDING.get(error.reason, error.reason)}", at) from None
         except yaml.YAMLError as error:
             raise self.fail(f"not valid YAML: {error}", None) from None
 
@@ -206,12 +215,13 @@ class _Reader:
 
     def _node(self, event: Any, line: int) -> _Node:
         if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in self.anchors:
-                hint = did_you_mean(event.anchor, self.anchors)
-                raise self.fail(f"alias *{event.anchor} has no anchor &{event.anchor} before it", line, hint)
-            if self.anchors[event.anchor].open:
-                raise self.fail(f"alias *{event.anchor} contains itself", line)
-            return self.anchors[event.anchor]
+            name = str(event.anchor)
+            if name not in self.anchors:
+                hint = did_you_mean(name, self.anchors)
+                raise self.fail(f"alias *{_clip(name)} has no anchor before it", line, hint)
+            if self.anchors[name].open:
+                raise self.fail(f"alias *{_clip(name)} contains itself", line)
+            return self.anchors[name]
         if event.tag is not None:
             raise self.fail(f"tag {_short(event.tag)} is not allowed: tags are never run", line, "remove the tag")
         if isinstance(event, yaml.ScalarEvent):
@@ -233,7 +243,8 @@ class _Reader:
         else:
             key = self._key(node, line)
             if key in frame.seen:
-                raise self.fail(f"key '{key}' stands twice: here and in line {frame.seen[key]}", line, "remove one")
+                first = frame.seen[key]
+                raise self.fail(f"key '{_clip(str(key))}' stands twice: here and in line {first}", line, "remove one")
             frame.key = (key, line)
             frame.seen[key] = line
 
@@ -252,7 +263,10 @@ class _Reader:
         if _INT.match(text) or _RADIX.match(text):
             if len(text) > MAX_DIGITS + 1:
                 raise self.fail(f"a whole number of {len(text)} digits is too large", line)
-            return int(text, 0) if _RADIX.match(text) else int(text)
+            number = int(text, 0) if _RADIX.match(text) else int(text)
+            if abs(number) >= 2**63:
+                raise self.fail(f"{text} is too large: whole numbers have 63 bits", line)
+            return number
         if _FLOAT.match(text):
             value = float(text)
             if value in (float("inf"), float("-inf")):
@@ -282,5 +296,8 @@ def _plain(root: _Node, name: str, layer: Literal["file", "extends", "override"]
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    return _clip(repr(value))
+
+
+def _clip(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,9 +1,9 @@
 """What a data source gives: a Dataset of Splits.
 
-A source is a class with keyword-only arguments and `load() -> Dataset`. A user's own, named in YAML as
+A source is a Source with keyword-only arguments and `load() -> Dataset`. A user's own, named in YAML as
 `kind: ./my_data.py:MyData`, is the same:
 
-    class MyData:
+    class MyData(Source):
         def __init__(self, *, path: str) -> None:
             self.path = path
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +54,8 @@ class ArraySplit:
 
     @property
     def image_shape(self) -> Shape:
-        return tuple(self.images.shape[1:])
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     def fetch(self, rows: Tensor) -> Tensor:
         """The images at these rows: uint8 (n, C, H, W)."""
@@ -171,12 +172,12 @@ class Dataset:
         return [(name, split) for name, split in named if split is not None]
 
 
-class Source(Protocol):
+class Source:
     """Where a data set comes from."""
 
     def load(self) -> Dataset:
         """Reads the data set. Raises MissingError where it is not there or damaged, ConfigError where it is wrong."""
-        ...
+        raise NotImplementedError
 
 
 def split_from_pairs(pairs: Iterable[tuple[Any, int]]) -> ArraySplit:

@@ -12,7 +12,7 @@ import torch
 
 from kdctl.config.types import PathStr
 from kdctl.data import official
-from kdctl.data.base import ArraySplit, Dataset
+from kdctl.data.base import ArraySplit, Dataset, Source
 from kdctl.data.npz import read_npz
 
 _MD5 = {
@@ -44,7 +44,7 @@ _CLASSES = {
 }
 
 
-class Cifar:
+class Cifar(Source):
     """CIFAR: 50,000 training and 10,000 test images of 32x32 in colour (Krizhevsky, 2009).
 
     root: the folder with `cifar-10-batches-py` or `cifar-100-python` (or either of these itself), or with

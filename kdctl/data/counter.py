@@ -45,10 +45,10 @@ def key(*numbers: int) -> int:
 
 
 def fold(keys: int | Tensor, numbers: int | Tensor) -> Tensor:
-    """Keys with one more number hashed in; at least one of the two is an int64 tensor."""
+    """Keys with one more number hashed in, elementwise; one of the two at least is an int64 tensor."""
     if isinstance(numbers, int):
-        return _mixed(keys + _signed((numbers + 1) * _GOLDEN))  # type: ignore[arg-type]
-    return _mixed(numbers * _signed(_GOLDEN) + (keys + _signed(_GOLDEN) if isinstance(keys, Tensor) else _signed(keys + _GOLDEN)))
+        return _mixed(torch.as_tensor(keys) + _signed((numbers + 1) * _GOLDEN))
+    return _mixed(numbers * _signed(_GOLDEN) + _signed(_GOLDEN) + keys)
 
 
 def permutation(count: int, *numbers: int) -> Tensor:

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdctl.data.base import ArraySplit, Dataset
+from kdctl.data.base import ArraySplit, Dataset, Source
 
 
-class Digits:
+class Digits(Source):
     """UCI handwritten digits: 1,797 grey images of 8x8 in 10 classes, 1,297 to train on and 500 for test.
 
     The test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from kdctl.config.types import PathStr, PositiveInt
-from kdctl.data.base import Dataset, ItemSplit
+from kdctl.data.base import Dataset, ItemSplit, Source
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem, did_you_mean
 
 _EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """Image files in `root/train/<class>/` and `root/test/<class>/` (or `root/val/<class>/`).
 
     With both `val` and `test` they are the validation and the test split; one of them alone is the test split, and
@@ -112,6 +112,6 @@ def _folders(folder: Path) -> list[str]:
 
 def _images(folder: Path) -> list[Path]:
     found = []
-    for place, _, names in os.walk(folder, followlinks=True):
+    for place, _, names in os.walk(folder):
         found += [Path(place, n) for n in names if Path(n).suffix.lower() in _EXTENSIONS and not n.startswith(".")]
     return sorted(found)

@@ -12,7 +12,7 @@ import torch
 
 from kdctl.config.types import PathStr
 from kdctl.data import official
-from kdctl.data.base import ArraySplit, Dataset
+from kdctl.data.base import ArraySplit, Dataset, Source
 
 _FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _MD5 = {
@@ -42,7 +42,7 @@ _LARGEST = 1 << 28
 """Bytes that an IDX file may unpack to: five times the official ones."""
 
 
-class Mnist:
+class Mnist(Source):
     """MNIST (LeCun et al., 1998) and Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017): 28x28 grey, 10 classes.
 
     root: the folder with the four IDX files, as such or `.gz`, or with torchvision's `MNIST/raw`.

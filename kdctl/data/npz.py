@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from kdctl.config.types import PathStr
-from kdctl.data.base import ArraySplit, Dataset
+from kdctl.data.base import ArraySplit, Dataset, Source
 from kdctl.errors import ConfigError, MissingError, Problem
 from kdctl.signals import IGNORE
 
 Layout = Literal["auto", "nhwc", "nchw", "nhw"]
 
 
-class Npz:
+class Npz(Source):
     """Arrays in one .npz file: x_train, y_train, and x_val, y_val, x_test, y_test where there are such splits.
 
     Images are uint8: (N, H, W), (N, H, W, C) or (N, C, H, W); `layout: auto` tells them apart by the axis that has 1
@@ -49,14 +49,14 @@ def read_npz(path: Path, layout: Layout = "auto", class_names: list[str] | None 
     arrays = _read_arrays(path)
     if "x_train" not in arrays or "y_train" not in arrays:
         _wrong(path, f"needs the arrays x_train and y_train; it has {', '.join(sorted(arrays)) or 'none'}")
-    splits = {name: _split(path, arrays, name, layout) for name in ("train", "val", "test")}
-    train = splits["train"]
-    assert train is not None
+    there = [name for name in ("train", "val", "test") if {f"x_{name}", f"y_{name}"} & arrays.keys()]
+    splits = {name: _split(path, arrays, name, layout) for name in there}
     names = class_names or [str(name) for name in arrays.get("class_names", [])]
     if not names:
-        names = [str(i) for i in range(max(int(s.targets.max()) for s in splits.values() if s is not None and len(s)) + 1)]
+        largest = max(int(split.targets.max()) for split in splits.values() if len(split))
+        names = [str(number) for number in range(largest + 1)]
     try:
-        return Dataset(train, val=splits["val"], test=splits["test"], class_names=names)
+        return Dataset(splits["train"], val=splits.get("val"), test=splits.get("test"), class_names=names)
     except ConfigError as error:
         _wrong(path, error.problems[0].message)
 
@@ -74,10 +74,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         _wrong(path, f"cannot be read as .npz: {error}")
 
 
-def _split(path: Path, arrays: dict[str, np.ndarray], name: str, layout: Layout) -> ArraySplit | None:
+def _split(path: Path, arrays: dict[str, np.ndarray], name: str, layout: Layout) -> ArraySplit:
     x, y = f"x_{name}", f"y_{name}"
-    if x not in arrays and y not in arrays:
-        return None
     if x not in arrays or y not in arrays:
         _wrong(path, f"has one of {x} and {y} without the other")
     images, targets = arrays[x], arrays[y]

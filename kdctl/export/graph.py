@@ -90,7 +90,7 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
 
 
 def _fold_scale(graph: Graph, node: onnx.NodeProto, shapes: dict[str, list[int | None]]) -> None:
-    """x * m or x / d ahead of a convolution: into its weights. Exact under zero padding, for the scale of zero is zero."""
+    """x * m or x / d ahead of a convolution: into its weights. Exact under zero padding: zero scaled is zero."""
     if node.op_type not in ("Mul", "Div") or (factor := graph.constant(node.input[1])) is None:
         return
     conv = graph.only_reader(node.output[0])
@@ -125,7 +125,7 @@ def _pool_mean(graph: Graph, node: onnx.NodeProto, shapes: dict[str, list[int | 
 
 
 def _convolve_shortcut(graph: Graph, node: onnx.NodeProto, shapes: dict[str, list[int | None]]) -> None:
-    """Pad(Slice(x)) that takes every s-th pixel and adds zero channels: a 1x1 convolution with stride s, weights 0 and 1."""
+    """Pad(Slice(x)) that takes every s-th pixel and adds zero channels: a 1x1 convolution with stride s."""
     before, after = _padded_channels(graph, node)
     source, strides = node.input[0] if node.input else "", [1, 1]
     while before + after and (sliced := graph.makers.get(source)) is not None and sliced.op_type == "Slice":
@@ -163,7 +163,7 @@ def _pixel_steps(graph: Graph, node: onnx.NodeProto) -> list[int] | None:
     if len(constants) != 4 or any(c is None for c in constants):
         return None
     steps = [1, 1]
-    for start, end, axis, step in zip(*constants, strict=True):  # type: ignore[arg-type]
+    for start, end, axis, step in zip(*constants, strict=True):
         if start != 0 or end < 2**31 - 1 or axis not in (2, 3) or step < 1:
             return None
         steps[int(axis) - 2] *= int(step)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from kdctl.config.types import PositiveInt
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
+from kdctl.export.base import Exporter
 
 if TYPE_CHECKING:
     import onnx
@@ -34,7 +35,7 @@ Floats = NDArray[np.float32]
 INPUT, OUTPUT = "images", "logits"
 
 
-class Onnx:
+class Onnx(Exporter):
     """ONNX in fp32, run by ONNX Runtime.
 
     opset: version of the operator set; 20 is what every current runtime reads.
@@ -112,6 +113,10 @@ def quiet() -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------- predictor
 
 
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class OnnxPredictor:
     """An ONNX file in ONNX Runtime on the CPU.
 
@@ -124,7 +129,7 @@ class OnnxPredictor:
         import onnxruntime
 
         self.path = Path(path)
-        self.threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 1
+        self.threads = threads or _available_cores()
         self.session = open_session(self.path, self.threads)
         self.runtime = f"onnxruntime {onnxruntime.__version__}"
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
@@ -156,7 +161,7 @@ def open_session(path: Path, threads: int = 1, optimized: Path | None = None) ->
     import onnxruntime
 
     if not path.is_file():
-        raise MissingError(f"there is no file {path}", hint="make it with kdctl export or kdctl compress")
+        raise MissingError(f"there is no file {path}", hint="kdctl export and kdctl compress make one")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -167,9 +172,7 @@ def open_session(path: Path, threads: int = 1, optimized: Path | None = None) ->
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         reason = str(error).replace("\n", " ").split(" : ")[-1].strip()
-        raise KdctlError(
-            f"{path} is damaged or not an ONNX model: {reason}", hint="make it again with kdctl export or kdctl compress"
-        ) from error
+        raise KdctlError(f"{path} is damaged or not an ONNX model: {reason}", hint="make the artefact again") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
@@ -208,7 +211,7 @@ class Contents:
 
     bytes: the file. weight_bytes: its constants; the rest describes the graph. weights: numbers in weights of
     convolutions and linears. operators: how many ONNX Runtime executes. int8_operators: how many of them compute in
-    int8. float_operators: the names and counts of those that still compute in float.
+    int8. float_operators: names and counts of those that compute in float.
     """
 
     bytes: int
@@ -223,7 +226,12 @@ class Contents:
         return self.bytes - self.weight_bytes
 
 
-_BOUNDARY = {"QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput", "Flatten", "Reshape"}
+_MOVES = {
+    "QuantizeLinear", "DequantizeLinear", "ReorderInput", "ReorderOutput", "Transpose", "Flatten", "Reshape", "Squeeze",
+    "Unsqueeze", "Slice", "Split", "Concat", "Pad", "Gather", "Shape", "Identity", "MaxPool",
+}  # fmt: skip
+"""Operators that move or convert numbers and compute nothing with them."""
+_INT8 = ("QLinear", "QGemm", "MatMulInteger", "DynamicQuantize", "Nhwc")
 
 
 def inspect(path: Path) -> Contents:
@@ -236,8 +244,8 @@ def inspect(path: Path) -> Contents:
         open_session(path, optimized=optimized)
         executed = Counter(node.op_type for node in onnx.load(optimized).graph.node)
     constants = [numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer]
-    int8 = {name for name in executed if name.startswith(("QLinear", "QGemm", "MatMulInteger", "DynamicQuantize", "Nhwc"))}
-    floats = {name: n for name, n in executed.items() if name not in int8 | _BOUNDARY}
+    int8 = {name for name in executed if name.startswith(_INT8)}
+    floats = {name: n for name, n in executed.items() if name not in int8 | _MOVES}
     return Contents(
         bytes=path.stat().st_size,
         weight_bytes=sum(c.nbytes for c in constants),

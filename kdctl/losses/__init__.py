@@ -2,7 +2,7 @@
 
 LOSSES = {
     # supervised
-    "supervised": ("supervised:Supervised", "the task's own loss on labelled samples; cross entropy for classification"),
+    "supervised": ("supervised:Supervised", "the task's own loss on labelled samples (cross entropy for classes)"),
     # response: the teacher's logits
     "kd": ("kd:KD", "KL divergence of softened probabilities (Hinton et al., 2014), optionally of standardised logits"),
     "logit_mse": ("logit_mse:LogitMSE", "squared distance of logits (Ba & Caruana, NeurIPS 2014)"),

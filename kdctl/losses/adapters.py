@@ -6,6 +6,7 @@ Layouts: maps (B, C, H, W), tokens (B, L, D), vectors (B, D).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -20,8 +21,8 @@ from kdctl.signals import Batch, Signals
 class FeatureLoss(Loss):
     """A term that compares tapped features pair by pair and sums over pairs and samples.
 
-    A subclass says which adapter a pair needs, and the distance of a pair. Gradients reach the student and the adapters,
-    never the teacher.
+    A subclass says which adapter a pair needs, and the distance of a pair. Gradients reach the student and the
+    adapters, never the teacher.
     """
 
     needs_taps: ClassVar[bool] = True
@@ -69,7 +70,7 @@ def align(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     for feature in (student, teacher):
         if not 2 <= feature.ndim <= 4:
             message = f"a feature must be a map (B, C, H, W), tokens (B, L, D) or vectors (B, D), not {feature.ndim}-D"
-            raise ConfigError(Problem(message, hint="tap another place"))
+            raise ConfigError(message, hint="tap another place")
     if student.ndim == teacher.ndim:
         return student, teacher
     if 2 in (student.ndim, teacher.ndim):
@@ -98,7 +99,7 @@ def to_map(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
         if h and h * w == num_tokens - extra:
             return tokens_BLD[:, extra:].transpose(1, 2).unflatten(2, (h, w))
     message = f"{num_tokens} tokens fill no grid of the aspect {height} x {width}"
-    raise ConfigError(Problem(message, hint="tap a place of like layout in both models"))
+    raise ConfigError(message, hint="tap a place of like layout in both models")
 
 
 def linear_adapter(student: Tensor, teacher: Tensor, *, bias: bool = True) -> nn.Module:
@@ -126,15 +127,19 @@ def map_adapter(student: Tensor, teacher: Tensor, *, bias: bool = True) -> nn.Mo
     size_in, size_out = student.shape[2:], teacher.shape[2:]
     if size_in == size_out:
         return nn.Conv2d(channels_in, channels_out, 1, bias=bias)
-    if all(a >= b and a == b * (a // b) for a, b in zip(size_in, size_out, strict=True)):
-        stride = tuple(a // b for a, b in zip(size_in, size_out, strict=True))
-        return nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=bias)
-    if all(b >= a and b == a * (b // a) for a, b in zip(size_in, size_out, strict=True)):
-        stride = tuple(b // a for a, b in zip(size_in, size_out, strict=True))
-        kernel = tuple(2 * k - k % 2 for k in stride)
-        padding = tuple(k // 2 for k in stride)
-        return nn.ConvTranspose2d(channels_in, channels_out, kernel, stride, padding, bias=bias)  # type: ignore[arg-type]
+    if (down := _ratio(size_in, size_out)) is not None:
+        return nn.Conv2d(channels_in, channels_out, 3, down, 1, bias=bias)
+    if (up := _ratio(size_out, size_in)) is not None:
+        kernel = (2 * up[0] - up[0] % 2, 2 * up[1] - up[1] % 2)
+        return nn.ConvTranspose2d(channels_in, channels_out, kernel, up, (up[0] // 2, up[1] // 2), bias=bias)
     return nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, bias=bias), Resample(*size_out))
+
+
+def _ratio(large: Sequence[int], small: Sequence[int]) -> tuple[int, int] | None:
+    """How many times `small` fits into `large` along each axis, None where not a whole number of times."""
+    if large[0] % small[0] or large[1] % small[1]:
+        return None
+    return large[0] // small[0], large[1] // small[1]
 
 
 class Resample(nn.Module):
@@ -145,6 +150,8 @@ class Resample(nn.Module):
         self.size = size
 
     def forward(self, feature: Tensor) -> Tensor:
+        if feature.dtype in (torch.bfloat16, torch.float16):  # autocast; torch has no such kernel on every device
+            feature = feature.float()
         if feature.ndim == 3:
             return F.interpolate(feature.transpose(1, 2), self.size, mode="linear").transpose(1, 2)
         return F.interpolate(feature, self.size, mode="bilinear", antialias=True)

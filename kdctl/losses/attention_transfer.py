@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdctl.config.types import PositiveInt
-from kdctl.errors import ConfigError, Problem
+from kdctl.errors import ConfigError
 from kdctl.losses.adapters import FeatureLoss
 
 
 class AttentionTransfer(FeatureLoss):
     """Distance of spatial attention maps, summed over pairs of taps (Zagoruyko & Komodakis, ICLR 2017).
 
-    The attention map of a feature is q = mean over C of f^p, flattened over H x W and scaled to length 1. Of two maps of
-    different size the larger feature is first averaged down to the smaller (adaptive average pooling). Channel numbers
-    may differ. Tokens (B, L, D) are maps of 1 x L.
+    The attention map of a feature is q = mean over C of f^p, flattened over H x W and scaled to length 1. Of two maps
+    of different size the larger feature is first averaged down to the smaller (adaptive average pooling). Channel
+    numbers may differ. Tokens (B, L, D) are maps of 1 x L.
 
     p: the power.
     variant: `code` is the mean over H x W of (q_s - q_t)^2, what all published implementations compute and their weight
@@ -31,7 +31,7 @@ class AttentionTransfer(FeatureLoss):
 
     def adapter(self, student: Tensor, teacher: Tensor) -> nn.Module:
         if student.ndim == 2:
-            raise ConfigError(Problem("vectors have no attention map", hint="tap maps or tokens in both models"))
+            raise ConfigError("vectors have no attention map", hint="tap maps or tokens in both models")
         return nn.Identity()
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from kdctl.errors import ConfigError, Problem
+from kdctl.errors import ConfigError
 from kdctl.losses.adapters import FeatureLoss, linear_adapter, map_adapter
 
 
@@ -25,7 +25,7 @@ class FitNet(FeatureLoss):
     def adapter(self, student: Tensor, teacher: Tensor) -> nn.Module:
         if self.regressor == "none":
             if student.shape[1:] != teacher.shape[1:]:
-                raise ConfigError(Problem("the shapes differ", hint="use regressor: conv, or tap places of equal shape"))
+                raise ConfigError("the shapes differ", hint="use regressor: conv, or tap places of equal shape")
             return nn.Identity()
         layers: list[nn.Module] = []
         if student.ndim == 4:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 
-def _cifar(depth: int, stem: int = 16, width: int = 16) -> tuple[str, str, dict[str, Any]]:
-    times = f", {width // 16} times as wide" if width > 16 else ""
-    preset = {"depth": depth, "stem": stem, "width": width}
-    return "resnet_cifar:CifarResNet", f"CIFAR ResNet with {depth} layers{times} (three stages)", preset
+def _cifar(depth: int, **widths: int) -> tuple[str, str, dict[str, Any]]:
+    wide = ", four times as wide" if widths else ""
+    summary = f"CIFAR ResNet with {depth} layers{wide} (three stages)"
+    return "resnet_cifar:CifarResNet", summary, {"depth": depth, **widths}
 
 
 def _four_stages(depth: int) -> tuple[str, str, dict[str, Any]]:

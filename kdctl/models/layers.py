@@ -21,9 +21,7 @@ def conv(channels: int, out_channels: int, kernel: int, stride: int = 1, groups:
 
 def head(channels: int, num_classes: int) -> OrderedDict[str, nn.Module]:
     """What all our classifiers end in: `pool` (N, C, 1, 1), `flatten` (N, C: the embedding) and `fc` (the logits)."""
-    return OrderedDict(
-        pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(channels, num_classes)
-    )
+    return OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(channels, num_classes))
 
 
 def initialise(net: nn.Module, linear_std: float | None = None) -> None:

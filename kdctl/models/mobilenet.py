@@ -1,7 +1,8 @@
 """MobileNetV2 for small images, in the distillation literature's form.
 
 It differs from the ImageNet net: the stage of 24 channels keeps the resolution, the first block has an expansion
-convolution too, widths are cut and not rounded to multiples of eight, and there is no dropout. 32x32 images leave as 2x2.
+convolution too, widths are cut off and not rounded to multiples of eight, and there is no dropout. Maps of 32x32 images
+end as 2x2.
 
 Taps:
     conv1                            the stem, after its ReLU (conv1.conv, conv1.bn, conv1.relu inside)

@@ -144,7 +144,8 @@ class CifarResNet(_ResNet):
         if depth < 8 or (depth - 2) % 6:
             raise ConfigError(Problem(f"depth {depth} is not 6n + 2", key="depth", hint="8, 14, 20, 32, 44, 56, 110"))
         if shortcut == "pad" and stem > width:
-            raise ConfigError(Problem(f"shortcut 'pad' cannot narrow a stem of {stem} to a width of {width}", key="stem"))
+            message = f"shortcut 'pad' cannot narrow a stem of {stem} channels to {width}"
+            raise ConfigError(Problem(message, key="stem", hint="shortcut: conv"))
         super().__init__(BasicBlock, [(depth - 2) // 6] * 3, stem, width, shortcut, num_classes, in_channels)
 
 

@@ -22,7 +22,7 @@ from kdctl.models.layers import Add, conv, head, initialise
 
 
 class PreActivationBlock(nn.Module):
-    """Two 3x3 convolutions, each after batch norm and ReLU; a 1x1 convolution is the shortcut where the width changes."""
+    """Two 3x3 convolutions, each after batch norm and ReLU; where the width changes, the shortcut is a convolution."""
 
     def __init__(self, channels: int, width: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -74,4 +74,4 @@ class WideResNet(nn.Sequential):
         parts |= OrderedDict(bn1=nn.BatchNorm2d(channels), relu=nn.ReLU(inplace=True))
         super().__init__(parts | head(channels, num_classes))
         initialise(self)
-        nn.init.zeros_(self.fc.bias)
+        nn.init.zeros_(self.get_parameter("fc.bias"))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class EMA:
     """Averages parameters and floating-point buffers; other buffers are copied.
 
-    After update n (from 1) the average is d_n * average + (1 - d_n) * weights with d_n = min(decay, (1 + n) / (10 + n)),
-    so that early averages are not dominated by the initialisation.
+    After update n (from 1) the average is d * average + (1 - d) * weights with d = min(decay, (1 + n) / (10 + n)), so
+    that early averages are not dominated by the initialisation.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:

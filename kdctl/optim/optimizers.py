@@ -1,4 +1,4 @@
-"""Optimizers: torch's, in their fused form where it exists, with weight decay on every parameter or on weights alone."""
+"""Optimizers: torch's, fused where that exists, with weight decay on every parameter or on weights alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdctl import registry
 from kdctl.config.types import Fraction, NonNegative, Positive
@@ -31,7 +31,26 @@ def build_optimizer(
     return optimizer
 
 
-class SGD(torch.optim.SGD):
+class _Fused(torch.optim.Optimizer):
+    """Loads state into the memory layout of the parameters.
+
+    The fused CPU kernels walk parameter, gradient and state in memory order: state saved from a contiguous model would
+    silently be applied to other weights of a channels_last one.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            for name, value in state.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.shape == parameter.shape
+                    and value.stride() != parameter.stride()
+                ):
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+class SGD(_Fused, torch.optim.SGD):
     """Stochastic gradient descent with momentum.
 
     nesterov: look ahead along the momentum (needs one). weight_decay: added to the gradient as weight_decay * w.
@@ -55,7 +74,7 @@ class SGD(torch.optim.SGD):
         )
 
 
-class Adam(torch.optim.Adam):
+class Adam(_Fused, torch.optim.Adam):
     """Adam (Kingma & Ba, ICLR 2015); weight decay is part of the gradient.
 
     decay_norm_and_bias: false spares biases and scales of normalisation (every parameter of one dimension) from decay.
@@ -78,7 +97,7 @@ class Adam(torch.optim.Adam):
         )
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(_Fused, torch.optim.AdamW):
     """Adam with decoupled weight decay (Loshchilov & Hutter, ICLR 2019): each step takes lr * weight_decay * w away.
 
     decay_norm_and_bias: false spares biases and scales of normalisation (every parameter of one dimension) from decay.

@@ -67,9 +67,7 @@ class Linear(Schedule):
 class MultiStep(Schedule):
     """Multiplied by gamma at each milestone: after that many epochs, counted from the start of the run."""
 
-    def __init__(
-        self, *, milestones: list[Positive], gamma: Fraction = 0.1, warmup_epochs: NonNegative = 0.0
-    ) -> None:
+    def __init__(self, *, milestones: list[Positive], gamma: Fraction = 0.1, warmup_epochs: NonNegative = 0.0) -> None:
         super().__init__(warmup_epochs=warmup_epochs)
         self.milestones = sorted(milestones)
         self.gamma = gamma
@@ -84,9 +82,7 @@ class OneCycle(Schedule):
     Both along cosines (Smith & Topin, 2018; the learning rate alone, momentum stays).
     """
 
-    def __init__(
-        self, *, rise: Fraction = 0.3, start_factor: Fraction = 0.04, min_factor: Fraction = 0.000004
-    ) -> None:
+    def __init__(self, *, rise: Fraction = 0.3, start_factor: Fraction = 0.04, min_factor: Fraction = 0.000004) -> None:
         super().__init__()
         self.rise = rise
         self.start_factor = start_factor

@@ -1,8 +1,8 @@
 """Classification of images: one of C classes a sample.
 
-Metrics are computed in float64 from all logits (N, C) and targets (N,) of a split; samples without a label do not count,
-and without any labelled sample a metric is NaN. Ties are broken the same way everywhere: the lower class index wins. A
-row with a NaN decides for no class.
+Metrics are computed in float64 from all logits (N, C) and targets (N,) of a split; samples without a label do not
+count, and without any labelled sample a metric is NaN. Ties are broken the same way everywhere: the lower class index
+wins. A row with a NaN decides for no class.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Classification(Task):
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch.size:
             got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             message = f"classification needs logits of shape ({batch.size}, classes); the model gave {got}"
-            raise ConfigError(Problem(message, key="task", hint="flatten or pool inside the model, or choose another task"))
+            raise ConfigError(Problem(message, key="task", hint="pool inside the model, or choose another task"))
         return Signals(logits, "softmax", dict(features or {}))
 
     def supervised(

@@ -1,0 +1,30 @@
+"""What a model costs without a clock: parameters, multiply-accumulates, bytes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def parameters(model: nn.Module) -> int:
+    """Trainable numbers, each counted once where modules share it."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of convolutions and matrix products for one image (C, H, W); the model is left as it is."""
+    copied = copy.deepcopy(model).cpu().float().eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copied(torch.zeros(1, *image_shape))
+    return counter.get_total_flops() // 2
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return path.stat().st_size

@@ -1,0 +1,245 @@
+"""`kdctl explain`: one component (its docstring and arguments, read from source) or one key of the configuration."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from kdctl import registry
+from kdctl.cli import console
+from kdctl.cli.console import yaml_text
+from kdctl.cli.verb import Argument, Options, Reply
+from kdctl.errors import UsageError, did_you_mean
+
+_SECTION_GROUPS = {
+    "student": "models", "teacher": "models", "losses": "losses", "method": "methods", "data": "data",
+    "augment": "augment", "transfer": "data", "task": "tasks", "optimizer": "optimizers", "schedule": "schedules",
+    "compress": "compressors", "export": "exporters",
+}  # fmt: skip
+"""Key of a component's section -> the group its kinds come from."""
+
+
+def explain(
+    options: Options,
+    name: Annotated[str, Argument(metavar="NAME_OR_KEY", help="kd, losses.kd, data.views, losses.kd.temperature, ...")],
+) -> Reply:
+    """One component or one configuration key: what it is, its arguments, types, defaults, paper and formula."""
+    components = _components(name)
+    if len(components) > 1:
+        choices = [f"{c.group}.{c.name}" for c in components]
+        raise UsageError(f"'{name}' is several things: {', '.join(choices)}", hint=f"`kdctl explain {choices[0]}`")
+    if components:
+        return Reply(_component_document(components[0]), _show_component)
+    document = _argument_document(name) or _key_document(name)
+    if document is None:
+        hint = did_you_mean(name, _known_words()) or "`kdctl list GROUP` shows the components, `kdctl schema` the keys"
+        raise UsageError(f"there is no component and no configuration key '{name}'", hint=hint)
+    return Reply(document, _show_key)
+
+
+# --------------------------------------------------------------------------------------------------------- components
+
+
+def _components(name: str) -> list[registry.Component]:
+    """The components that `name` or `group.name` stands for."""
+    group, _, rest = name.partition(".")
+    if group in registry.GROUPS and rest in _names(group):
+        return [registry.find(group, rest)]
+    return [registry.find(g, name) for g in registry.GROUPS if name in _names(g)]
+
+
+def _names(group: str) -> set[str]:
+    return {*registry.catalogue(group), *registry.aliases(group)}
+
+
+def _component_document(component: registry.Component) -> dict[str, Any]:
+    signature = registry.signature(component)
+    return {
+        "kind": "component",
+        "group": component.group,
+        "name": component.name,
+        "aliases": [alias for alias, name in registry.aliases(component.group).items() if name == component.name],
+        "summary": component.summary,
+        "doc": signature.doc,
+        "target": component.target,
+        "source": component.source,
+        "preset": dict(component.preset),
+        "arguments": [_argument(parameter, signature) for parameter in signature.arguments.values()],
+        "accepts_any": signature.accepts_any,
+    }
+
+
+def _argument(parameter: registry.Parameter, signature: registry.Signature) -> dict[str, Any]:
+    return {
+        "name": parameter.name,
+        "type": _annotation_text(parameter.annotation),
+        "required": parameter.required,
+        "default": _plain(parameter.default) if parameter.has_default else None,
+        "aliases": [alias for alias, name in signature.aliases.items() if name == parameter.name],
+    }
+
+
+def _annotation_text(source: str) -> str:
+    """An annotation as it stands in source, with the names of config/types.py spelt out."""
+    from kdctl.config import types as named
+
+    def spell(match: re.Match[str]) -> str:
+        value = getattr(named, match[0], None)
+        return _type_text(value) if get_origin(value) is Annotated else match[0]
+
+    return re.sub(r"[A-Z]\w+", spell, source)
+
+
+def _show_component(document: dict[str, Any]) -> None:
+    other = f" (also {', '.join(document['aliases'])})" if document["aliases"] else ""
+    console.out(f"{document['group']}: {document['name']}{other}")
+    console.out(document["summary"])
+    if document["doc"]:
+        console.out("\n" + document["doc"])
+    if document["preset"]:
+        preset = ", ".join(f"{name} = {yaml_text(value)}" for name, value in document["preset"].items())
+        console.out(f"\nfixed by this name: {preset}")
+    if document["arguments"]:
+        console.out()
+        rows = [
+            [
+                " / ".join([a["name"], *a["aliases"]]),
+                a["type"],
+                "required" if a["required"] else yaml_text(a["default"]),
+            ]
+            for a in document["arguments"]
+        ]
+        console.print_table(["argument", "type", "default"], rows)
+    elif not document["accepts_any"]:
+        console.out("\nno arguments")
+    if document["accepts_any"]:
+        console.out("\nfurther arguments are handed on")
+    console.detail(f"\nclass {document['target']}")
+
+
+# --------------------------------------------------------------------------------------------------------------- keys
+
+
+def _argument_document(key: str) -> dict[str, Any] | None:
+    """An argument of a component, as in `losses.kd.temperature` or `optimizer.sgd.lr`."""
+    path, _, argument = key.rpartition(".")
+    section, _, kind = path.rpartition(".")
+    group = _SECTION_GROUPS.get(section.rpartition(".")[2], section)
+    if group not in registry.GROUPS or kind not in _names(group):
+        return None
+    component = registry.find(group, kind)
+    signature = registry.signature(component)
+    parameter = signature.arguments.get(signature.aliases.get(argument, argument))
+    if parameter is None:
+        return None
+    described = _argument(parameter, signature)
+    described["description"] = f"an argument of {component.name}: `kdctl explain {component.group}.{component.name}`"
+    return {"kind": "key", **described, "name": key}
+
+
+def _key_document(key: str) -> dict[str, Any] | None:
+    """A key of the schema, as in `data.views` or `teacher.train.epochs`; indices of lists may be left out."""
+    from kdctl.config.schema import ExperimentFile
+
+    models: list[Any] = [ExperimentFile]
+    field = None
+    for word in key.split("."):
+        if word.isdigit() and field is not None:
+            continue
+        found = [(m, f) for m in models if (f := _field(m, word)) is not None]
+        if not found:
+            return None
+        field = found[0][1]
+        models = list(dict.fromkeys(model for _, f in found for model in _models(f.annotation)))
+    if field is None:
+        return None
+    return {
+        "kind": "key",
+        "name": key,
+        "description": field.description or " ".join(" ".join((m.__doc__ or "").split()) for m in models),
+        "type": _type_text(field.annotation, field.metadata),
+        "required": field.is_required(),
+        "default": None if field.is_required() else _plain(field.get_default(call_default_factory=True)),
+        "aliases": [field.alias] if field.alias and field.alias != key.rpartition(".")[2] else [],
+        "keys": sorted({name for model in models for name in _key_names(model)}),
+        "kinds_from": _SECTION_GROUPS.get(word) if any(_field(model, "kind") for model in models) else None,
+    }
+
+
+def _field(model: Any, word: str) -> Any:
+    for name, field in model.model_fields.items():
+        if word in (name, field.alias):
+            return field
+    return None
+
+
+def _key_names(model: Any) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _models(annotation: Any) -> Iterator[Any]:
+    """The schema classes inside an annotation: of unions, lists and maps."""
+    if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
+
+
+def _type_text(annotation: Any, metadata: Any = ()) -> str:
+    """A type as a user would say it: number > 0, one of a, b, a list of ..."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_text(arguments[0], [d for m in arguments[1:] for d in getattr(m, "metadata", [m])])
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_text(a) for a in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments)) if len(arguments) > 1 else f"`{arguments[0]}`"
+    if origin is list:
+        return f"a list of {_type_text(arguments[0])}"
+    if origin is dict:
+        return f"a map of {_type_text(arguments[0])} to {_type_text(arguments[1])}"
+    names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    text = names.get(annotation) or ("map with a kind" if _field(annotation, "kind") else "map")
+    limits = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [f"{sign} {getattr(m, name)}" for name, sign in limits.items() for m in metadata if hasattr(m, name)]
+    return " ".join([text, " and ".join(bounds)]).strip()
+
+
+def _show_key(document: dict[str, Any]) -> None:
+    console.out(document["name"] + (f" (also {', '.join(document['aliases'])})" if document["aliases"] else ""))
+    lines = [
+        ("", document["description"]),
+        ("type", document["type"]),
+        ("default", "required" if document["required"] else yaml_text(document["default"])),
+        ("keys", ", ".join(document.get("keys", []))),
+        ("kinds", f"`kdctl list {document['kinds_from']}`" if document.get("kinds_from") else ""),
+    ]
+    for label, text in lines:
+        if text:
+            console.out(f"{label:<9}{text}" if label else text)
+
+
+# ---------------------------------------------------------------------------------------------------------------- all
+
+
+def _known_words() -> list[str]:
+    from kdctl.config.schema import ExperimentFile
+
+    words = [name for group in registry.GROUPS for name in _names(group)]
+    for name, field in ExperimentFile.model_fields.items():
+        words.append(name)
+        words += [f"{name}.{key}" for model in _models(field.annotation) for key in _key_names(model)]
+    return words
+
+
+def _plain(value: Any) -> Any:
+    """A default as plain values for JSON."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return value

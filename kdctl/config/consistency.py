@@ -1,0 +1,203 @@
+"""What has to hold between the sections of a file, as far as it can be known without building anything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kdctl import registry
+from kdctl.config.schema import (
+    ExperimentFile,
+    Keeping,
+    LossSpec,
+    ModelSpec,
+    Normalize,
+    OutputStage,
+    TeacherSpec,
+    TrainStage,
+)
+from kdctl.config.yaml_io import KeyPath
+from kdctl.errors import KdctlError, did_you_mean
+
+Finding = tuple[KeyPath, str, str | None]
+"""Path, message, hint."""
+
+_WAYS = "weights: a file, a run directory or `pretrained`; or train: {} to train it first; or control: true"
+_ADD_TEACHER = "add teacher: {kind: ..., weights: ...}"
+
+
+def check_consistency(file: ExperimentFile) -> Iterator[Finding]:
+    """All that is wrong between sections that are each valid on their own."""
+    yield from _check_normalize(("student",), file.student)
+    yield from _check_losses(("losses",), file.losses or [])
+    if file.distill is not None and file.losses is not None:
+        hint = "write its terms into losses: ce with weight 1 - alpha, kd with weight alpha"
+        yield ("distill",), "`distill` is a shorthand for `losses`: give one of them", hint
+    if file.student.stage is not None and file.stages is None:
+        yield ("student", "from"), "there is no earlier stage", "weights: names a file or a run directory"
+    for path, spec in _teachers(("teacher",), file.teacher):
+        yield from _check_teacher(path, spec, file.stages is not None)
+    if file.stages is None:
+        yield from _check_shorthands(file)
+    else:
+        yield from _check_stages(file, file.stages)
+
+
+# ----------------------------------------------------------------------------------------------------------- teachers
+
+
+def _teachers(path: KeyPath, given: TeacherSpec | list[TeacherSpec] | None) -> list[tuple[KeyPath, TeacherSpec]]:
+    if isinstance(given, list):
+        return [((*path, i), spec) for i, spec in enumerate(given)]
+    return [] if given is None else [(path, given)]
+
+
+def _check_teacher(path: KeyPath, spec: TeacherSpec, staged: bool) -> Iterator[Finding]:
+    yield from _check_normalize(path, spec)
+    sources = {"weights": spec.weights, "from": spec.stage, "train": spec.train}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        yield (*path, given[1]), f"a teacher's weights come from one place: both {' and '.join(given)} are given", None
+    elif not given and not spec.control:
+        yield path, "this teacher has no weights", _WAYS
+    if spec.train is not None:
+        yield from _check_losses((*path, "train", "losses"), spec.train.losses or [])
+        yield from _check_need((*path, "train", "losses"), spec.train.losses or [], "a teacher's own training")
+        if staged:
+            hint = "give the stage `role: teacher` and the teacher `from: <its name>`"
+            yield (*path, "train"), "with `stages:`, a teacher is trained by a stage", hint
+    if spec.stage is not None and not staged:
+        yield (*path, "from"), "there is no earlier stage", _WAYS
+
+
+def _check_normalize(path: KeyPath, spec: ModelSpec) -> Iterator[Finding]:
+    normalize = spec.normalize
+    if isinstance(normalize, Normalize) and len(normalize.mean) != len(normalize.std):
+        message = f"mean has {len(normalize.mean)} numbers, std {len(normalize.std)}"
+        yield (*path, "normalize"), message, "one of each a channel"
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def _check_losses(path: KeyPath, losses: Sequence[LossSpec]) -> Iterator[Finding]:
+    labels = Counter(loss.label for loss in losses)
+    for index, loss in enumerate(losses):
+        if labels[loss.label] > 1:
+            yield (*path, index), f"{labels[loss.label]} terms are called '{loss.label}'", "give each a name: ..."
+        needs_taps = _attribute(loss, "needs_taps", None)
+        if needs_taps is True and not loss.taps:
+            message = f"'{loss.kind}' compares features and needs taps"
+            yield (*path, index), message, "for example taps: [layer1, layer2]"
+        if needs_taps is False and loss.taps:
+            yield (*path, index, "taps"), f"'{loss.kind}' takes no taps", "remove them"
+
+
+def _check_need(path: KeyPath, losses: Sequence[LossSpec], where: str) -> Iterator[Finding]:
+    """Terms that need a teacher, where there is none."""
+    for index, loss in enumerate(losses):
+        if _attribute(loss, "needs_teacher", True):
+            yield (*path, index), f"'{loss.kind}' needs a teacher, and {where} has none", _ADD_TEACHER
+
+
+def _attribute(loss: LossSpec, name: str, default: Any) -> Any:
+    """A literal attribute of the term's class, read from its source; None where there is no such class."""
+    try:
+        return registry.signature(registry.find("losses", loss.kind)).attributes.get(name, default)
+    except KdctlError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+
+def _check_shorthands(file: ExperimentFile) -> Iterator[Finding]:
+    if file.teacher is None or file.teacher == []:
+        if file.distill is not None:
+            yield ("distill",), "there is no teacher to distil from", _ADD_TEACHER
+        yield from _check_need(("losses",), file.losses or [], "this experiment")
+    given = file.teacher if isinstance(file.teacher, list) else [file.teacher] if file.teacher else []
+    names = Counter([(spec.name or f"teacher-{i + 1}") for i, spec in enumerate(given) if spec.train] + ["student"])
+    for name in [name for name, count in names.items() if count > 1]:
+        yield ("teacher",), f"two stages would be called '{name}'", "give each teacher another name"
+    if file.losses == []:
+        yield ("losses",), "there is no term to train with", "leave `losses` out for the default"
+    if file.train.early_stop is not None and file.data.val_fraction == 0:
+        yield ("train", "early_stop"), "early stopping needs a validation split", "set data.val_fraction"
+
+
+def _check_stages(file: ExperimentFile, stages: Sequence[TrainStage | OutputStage]) -> Iterator[Finding]:
+    for key in ("compress", "export"):
+        if getattr(file, key):
+            yield (key,), f"with `stages:`, `{key}` is a stage", f"move it to the end of stages: {{kind: {key}, ...}}"
+    if not any(isinstance(stage, TrainStage) for stage in stages):
+        yield ("stages",), "no stage trains", "the first stage is {kind: train, name: student}"
+    earlier: dict[str, TrainStage | OutputStage] = {}
+    for index, stage in enumerate(stages):
+        path: KeyPath = ("stages", index)
+        if stage.name and stage.name in earlier:
+            yield (*path, "name"), f"two stages are called '{stage.name}'", "each stage has a name of its own"
+        if isinstance(stage, TrainStage):
+            yield from _check_train_stage(file, path, stage, list(earlier))
+            earlier[stage.name] = stage
+        elif stage.name:
+            earlier[stage.name] = stage
+    yield from _check_used(file, [s for s in stages if isinstance(s, TrainStage)])
+
+
+def _check_train_stage(file: ExperimentFile, path: KeyPath, stage: TrainStage, earlier: list[str]) -> Iterator[Finding]:
+    own_teacher = "teacher" in stage.model_fields_set
+    taken = stage.teacher if own_teacher or stage.role == "teacher" else file.teacher
+    if own_teacher:
+        for place, spec in _teachers((*path, "teacher"), stage.teacher):
+            yield from _check_teacher(place, spec, True)
+    if stage.student is not None:
+        yield from _check_normalize((*path, "student"), stage.student)
+    elif stage.role == "teacher" and not isinstance(file.teacher, TeacherSpec):
+        yield path, "a stage with `role: teacher` needs the model that it trains", "add student: {kind: ...}"
+    for place, name in _references(path, stage, taken if stage.role != "teacher" or own_teacher else None):
+        if name not in earlier:
+            allowed = ", ".join(earlier) if earlier else "none, this is the first"
+            yield place, f"there is no earlier stage '{name}'; earlier stages: {allowed}", did_you_mean(name, earlier)
+    yield from _check_losses((*path, "losses"), stage.losses)
+    losses, place = stage.losses, (*path, "losses")
+    if "losses" not in stage.model_fields_set and stage.role != "teacher":
+        losses, place = file.losses or [], ("losses",)
+        if file.distill is not None and not taken:
+            yield ("distill",), f"stage '{stage.name}' has no teacher to distil from", None
+    if "losses" in stage.model_fields_set and not stage.losses:
+        yield place, "there is no term to train with", "leave `losses` out for the default"
+    if not taken:
+        yield from _check_need(place, losses, f"stage '{stage.name}'")
+    early_stop = stage.early_stop if "early_stop" in stage.model_fields_set else file.train.early_stop
+    if early_stop is not None and file.data.val_fraction == 0:
+        yield (*path, "early_stop"), "early stopping needs a validation split", "set data.val_fraction"
+
+
+def _references(path: KeyPath, stage: TrainStage, teachers: Any) -> Iterator[tuple[KeyPath, str]]:
+    if stage.start not in ("previous", "fresh"):
+        yield (*path, "from"), stage.start
+    if stage.student is not None and stage.student.stage is not None:
+        yield (*path, "student", "from"), stage.student.stage
+    for place, spec in _teachers((*path, "teacher"), teachers):
+        if spec.stage is not None:
+            yield (*place, "from"), spec.stage
+
+
+def _check_used(file: ExperimentFile, stages: Sequence[TrainStage]) -> Iterator[Finding]:
+    """Values of the experiment that no stage takes, since each sets its own."""
+    learners = [stage for stage in stages if stage.role != "teacher"]
+    for key in ("optimizer", "schedule", "method", "losses", "distill", "teacher"):
+        takers = stages if key in ("optimizer", "schedule", "method") else learners
+        own = "losses" if key == "distill" else key
+        if getattr(file, key) is not None and all(own in stage.model_fields_set for stage in takers):
+            yield _unused((key,), own, stages)
+    for key in sorted(file.train.model_fields_set & set(Keeping.model_fields)):
+        if all(key in stage.model_fields_set for stage in stages):
+            yield _unused(("train", key), key, stages)
+
+
+def _unused(path: KeyPath, own: str, stages: Sequence[TrainStage]) -> Finding:
+    name = stages[-1].name if stages else "student"
+    return path, f"this has no effect: every stage has its own {own}", f"set stages.{name}.{own}"

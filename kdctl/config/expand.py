@@ -1,0 +1,293 @@
+"""From what a file says to what runs: shorthands become stages, and every default is written out.
+
+`expand` is pure, and a fixed point: the dump of an Experiment is a valid file that expands to the same Experiment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kdctl import registry
+from kdctl.config.arguments import defaults
+from kdctl.config.check import check
+from kdctl.config.dump import dump_yaml, origin_rows
+from kdctl.config.json_schema import json_schema
+from kdctl.config.overrides import load_document
+from kdctl.config.schema import (
+    Component,
+    DataSpec,
+    Distill,
+    Experiment,
+    ExperimentFile,
+    Keeping,
+    LossSpec,
+    ModelSpec,
+    OutputStage,
+    RunSettings,
+    StageData,
+    TeacherSpec,
+    TrainStage,
+)
+from kdctl.config.yaml_io import Document, KeyPath
+
+__all__ = ["Loaded", "dump_yaml", "expand", "json_schema", "load_experiment", "origin_rows"]
+
+C = TypeVar("C", bound=Component)
+_STAGE = TrainStage()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An experiment with where it came from. base: the folder of its file.
+
+    links: place in the resolved experiment -> place in the document that it was taken from.
+    """
+
+    experiment: Experiment
+    document: Document
+    base: Path
+    links: dict[KeyPath, KeyPath] = field(default_factory=dict)
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = (), require_files: bool = True) -> Loaded:
+    """Reads, merges, checks and expands an experiment file.
+
+    Raises ConfigError with every problem; MissingError when the file, or (with `require_files`) weights or data that it
+    names by a path, are not there.
+    """
+    path = Path(path)
+    document = load_document(path, overrides)
+    file = check(document, require_files)
+    if not file.name:
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-.")[:100] or "experiment"
+        file = file.model_copy(update={"name": stem})
+    expansion = _Expansion(file)
+    return Loaded(expansion.experiment(), document, path.absolute().parent, expansion.links)
+
+
+def expand(file: ExperimentFile) -> Experiment:
+    """The experiment that a file comes to."""
+    return _Expansion(file).experiment()
+
+
+def complete(spec: C, group: str, keep: Sequence[str] = ()) -> C:
+    """The component with the defaults of its class written out, in the order of its signature."""
+    kind = str(spec.arguments["target"]) if group == "exporters" else spec.kind
+    signature = registry.signature(registry.find(group, kind))
+    given = {signature.aliases.get(name, name): value for name, value in spec.arguments.items()}
+    filled = defaults(signature)
+    known = {**filled, **given}
+    ordered = {name: known[name] for name in signature.arguments if name in known}
+    rest = {name: value for name, value in given.items() if name not in ordered}
+    kept = {name: rest.pop(name) for name in keep if name in rest}
+    own = {info.alias or name: getattr(spec, name) for name, info in type(spec).model_fields.items()}
+    own = {key: value for key, value in own.items() if value is not None}
+    if group != "exporters":
+        own["kind"] = registry.canonical(group, kind)
+    return type(spec).model_validate(own | kept | ordered | rest)
+
+
+class _Expansion:
+    """One expansion: the stages made so far, and what each was made from."""
+
+    def __init__(self, file: ExperimentFile) -> None:
+        self.file = file
+        self.links: dict[KeyPath, KeyPath] = {}
+        self.stages: list[TrainStage | OutputStage] = []
+
+    def experiment(self) -> Experiment:
+        file = self.file
+        if file.stages is None:
+            self._from_shorthands()
+        else:
+            for index, stage in enumerate(file.stages):
+                self.links["stages", index] = ("stages", index)
+                if isinstance(stage, TrainStage):
+                    self._add_train(stage, ("stages", index))
+                else:
+                    self._add_output(stage)
+        settings = {name: getattr(file.train, name) for name in RunSettings.model_fields}
+        return Experiment(
+            name=file.name,
+            task=complete(file.task, "tasks"),
+            data=_complete_data(file.data),
+            student=complete(file.student, "models"),
+            train=RunSettings(**settings),
+            stages=self.stages,
+        )
+
+    # ------------------------------------------------------------------------------------------------------ shorthands
+
+    def _from_shorthands(self) -> None:
+        file = self.file
+        single = isinstance(file.teacher, TeacherSpec)
+        given = [file.teacher] if isinstance(file.teacher, TeacherSpec) else file.teacher or []
+        teachers = []
+        for number, spec in enumerate(given):
+            place: KeyPath = ("teacher",) if single else ("teacher", number)
+            if spec.train is not None:
+                spec = self._add_teacher(spec, place, spec.name or ("teacher" if single else f"teacher-{number + 1}"))
+            teachers.append(spec)
+        teacher = None if not teachers else teachers[0] if single else teachers
+        index = len(self.stages)
+        self.links["stages", index, "teacher"] = ("teacher",)
+        self._add_train(TrainStage(name="student", teacher=teacher, start="fresh"))
+        for key, components in (("compress", file.compress), ("export", file.export)):
+            for number, component in enumerate(components):
+                self.links["stages", len(self.stages)] = (key, number)
+                if key == "export":
+                    self.links["stages", len(self.stages), "target"] = (key, number, "kind")
+                    stage = OutputStage(kind="export", target=component.kind, **component.arguments)
+                else:
+                    stage = OutputStage(kind=component.kind, **component.arguments)
+                self._add_output(stage)
+
+    def _add_teacher(self, spec: TeacherSpec, place: KeyPath, name: str) -> TeacherSpec:
+        """Adds the stage that trains a teacher; returns the teacher that takes its weights from there."""
+        training = spec.train
+        assert training is not None  # the caller has looked
+        index = len(self.stages)
+        self.links["stages", index] = (*place, "train")
+        self.links["stages", index, "student"] = place
+        settings: dict[str, Any] = {
+            key: value
+            for key in ("epochs", "losses", "optimizer", "schedule")
+            if (value := getattr(training, key)) is not None
+        }
+        student = ModelSpec(**_model_part(spec))
+        self._add_train(
+            TrainStage(name=name, role="teacher", student=student, start="fresh", data=training.data, **settings)
+        )
+        return spec.model_copy(update={"train": None, "stage": name})
+
+    # --------------------------------------------------------------------------------------------------------- stages
+
+    def _add_train(self, stage: TrainStage, place: KeyPath | None = None) -> None:
+        """Adds a training stage with everything in it that it takes from the experiment."""
+        file, index, given = self.file, len(self.stages), stage.model_fields_set
+        here: KeyPath = ("stages", index)
+
+        def take(key: str, other: Any, fallback: Any) -> Any:
+            if key in given:
+                return getattr(stage, key)
+            self.links[(*here, key)] = (key,)
+            return fallback if other is None else other
+
+        teacher = stage.teacher
+        if "teacher" not in given and stage.role != "teacher":
+            teacher = file.teacher
+            self.links[(*here, "teacher")] = ("teacher",)
+        student = stage.student
+        if student is None:
+            student = file.student
+            self.links[(*here, "student")] = ("student",)
+            if stage.role == "teacher" and isinstance(file.teacher, TeacherSpec):
+                student = ModelSpec(**_model_part(file.teacher))
+                self.links[(*here, "student")] = ("teacher",)
+        for key in Keeping.model_fields:
+            if key not in given:
+                self.links[(*here, key)] = ("train", key)
+        teachers = teacher if isinstance(teacher, list) else [] if teacher is None else [teacher]
+        student = complete(student, "models")
+        done = [complete(spec, "models") for spec in teachers]
+        self.stages.append(
+            TrainStage(
+                name=stage.name,
+                role=stage.role,
+                student=student,
+                teacher=done if isinstance(teacher, list) else done[0] if done else None,
+                method=complete(take("method", file.method, _STAGE.method), "methods"),
+                losses=[complete(loss, "losses") for loss in self._losses(stage, bool(done), here)],
+                optimizer=complete(take("optimizer", file.optimizer, _STAGE.optimizer), "optimizers"),
+                schedule=complete(take("schedule", file.schedule, _STAGE.schedule), "schedules"),
+                start=self._start(stage, student),
+                frozen=stage.frozen,
+                data=_complete_stage_data(stage.data),
+                **{key: getattr(stage if key in given else file.train, key) for key in Keeping.model_fields},
+            )
+        )
+
+    def _losses(self, stage: TrainStage, has_teacher: bool, here: KeyPath) -> list[LossSpec]:
+        file = self.file
+        if "losses" in stage.model_fields_set:
+            return stage.losses
+        if stage.role == "teacher":
+            return [LossSpec(kind="supervised")]
+        if file.losses is not None:
+            self.links[(*here, "losses")] = ("losses",)
+            return file.losses
+        if not has_teacher:
+            return [LossSpec(kind="supervised")]
+        self.links[(*here, "losses", 0, "weight")] = ("distill", "alpha")
+        self.links[(*here, "losses", 1, "weight")] = ("distill", "alpha")
+        self.links[(*here, "losses", 1, "temperature")] = ("distill", "T")
+        return distill_losses(file.distill or Distill())
+
+    def _start(self, stage: TrainStage, student: ModelSpec) -> str:
+        """The name of the stage whose weights a stage starts from, or `fresh`.
+
+        `previous`, where it is not written, means the last stage before it that trained the same model in the same
+        role; where it is written, the training stage before it, whatever that trained.
+        """
+        if stage.start != "previous":
+            return stage.start
+        earlier = [s for s in self.stages if isinstance(s, TrainStage)]
+        if "start" not in stage.model_fields_set:
+            same = (stage.role, student.kind, student.arguments)
+            earlier = [s for s in earlier if s.student and (s.role, s.student.kind, s.student.arguments) == same]
+        return earlier[-1].name if earlier else "fresh"
+
+    def _add_output(self, stage: OutputStage) -> None:
+        group = "exporters" if stage.kind == "export" else "compressors"
+        done = complete(stage, group, keep=("target",))
+        if not done.name:
+            taken = {s.name for s in self.stages}
+            name = variant(done)
+            number = next(n for n in range(1, len(taken) + 2) if (name if n == 1 else f"{name}-{n}") not in taken)
+            done = done.model_copy(update={"name": name if number == 1 else f"{name}-{number}"})
+        self.stages.append(done)
+
+
+def distill_losses(distill: Distill) -> list[LossSpec]:
+    """The terms that the shorthand stands for: ce x (1 - alpha) + kd x alpha."""
+    return [
+        LossSpec(kind="supervised", weight=round(1 - distill.alpha, 12)),
+        LossSpec(kind="kd", weight=distill.alpha, temperature=distill.temperature),
+    ]
+
+
+def variant(stage: OutputStage) -> str:
+    """A name for what a stage makes, from what tells it from others: `int8-static`, `prune-0.5`, `onnx`."""
+    arguments: Mapping[str, Any] = stage.arguments
+    if stage.kind == "export":
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", str(arguments["target"])).strip("-")
+    if isinstance(arguments.get("dtype"), str):
+        return "-".join(str(arguments[key]) for key in ("dtype", "mode") if key in arguments)
+    amount = next((value for value in arguments.values() if type(value) is float), None)
+    kind = re.sub(r"[^A-Za-z0-9_.-]+", "-", stage.kind.rpartition(":")[2])
+    return kind if amount is None else f"{kind}-{amount:g}"
+
+
+def _model_part(spec: ModelSpec) -> dict[str, Any]:
+    """What of a teacher makes it a model: all but where its weights come from and what it is for."""
+    return {"kind": spec.kind, "normalize": spec.normalize, "input_size": spec.input_size, **spec.arguments}
+
+
+def _complete_data(data: DataSpec) -> DataSpec:
+    done = complete(data, "data")
+    return done.model_copy(
+        update={
+            "augment": [complete(item, "augment") for item in data.augment],
+            "transfer": [complete(item, "data") for item in data.transfer],
+        }
+    )
+
+
+def _complete_stage_data(data: StageData) -> StageData:
+    if data.augment is None:
+        return data
+    return data.model_copy(update={"augment": [complete(item, "augment") for item in data.augment]})

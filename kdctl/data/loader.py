@@ -1,0 +1,153 @@
+"""Batches of a split: shuffled and augmented for training, clean and in order for measuring.
+
+What a batch holds depends on seeds, epoch and step alone, never on the number of workers: these only decode.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils import data as torch_data
+
+from kdctl.data import counter
+from kdctl.data.augment import Augment, Views
+from kdctl.data.base import ArraySplit, ItemSplit, Split
+from kdctl.errors import KdctlError, Problem
+from kdctl.signals import Batch
+
+CLEAN = -1
+"""The view number of a sample that is not augmented."""
+_MOST_WORKERS = 4
+
+
+class TrainLoader:
+    """Augmented batches in an order keyed by (order_seed, epoch): every sample once an epoch.
+
+    A last batch of a single sample is joined to the one before, because batch statistics of one are none.
+    augment: None for clean images. views: which view an epoch shows (augment.Views). workers: decoding processes; data
+    in memory need none and start none. Raises ConfigError where the augmentations cannot take the images or `all` has
+    no finite set of views.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        augment: Augment | None = None,
+        views: int | Literal["fresh", "all"] = "fresh",
+        order_seed: int = 0,
+        device: torch.device | str = "cpu",
+        workers: int | Literal["auto"] = "auto",
+    ) -> None:
+        self.split = split
+        self.batch_size = batch_size
+        augment = augment or Augment([])
+        self.image_shape = augment.output_shape(split.image_shape)
+        self.augment = augment.enumerate(split.image_shape) if views == "all" else augment
+        self.views = Views(views, augment.seed, augment.num_choices(split.image_shape))
+        self.order_seed = order_seed
+        self.device = torch.device(device)
+        self.workers = workers
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        steps, rest = divmod(len(self.split), self.batch_size)
+        joined = rest == 1 and steps > 0
+        return steps + (rest > 0 and not joined)
+
+    def order(self, epoch: int) -> Tensor:
+        """(N,) int64: the rows of the split in the order of this epoch."""
+        return counter.permutation(len(self.split), counter.ORDER, self.order_seed, epoch)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from a step on: the same ones whether or not those before were taken."""
+        order, steps, size = self.order(epoch), len(self), self.batch_size
+        last = steps - 1
+        rows = [order[s * size : None if s == last else (s + 1) * size] for s in range(start_step, steps)]
+        for part, images in _fetched(self.split, rows, num_workers(self.workers, self.split)):
+            index = self.split.index[part].to(self.device, non_blocking=True)
+            view = self.views.at(epoch, index)
+            images = self.augment(images.to(self.device, non_blocking=True), index, view)
+            targets = self.split.targets[part].to(self.device, non_blocking=True)
+            yield Batch(as_float(images), targets, index, view)
+
+
+def clean_batches(
+    split: Split, *, batch_size: int, device: torch.device | str = "cpu", workers: int | Literal["auto"] = 0
+) -> Iterator[Batch]:
+    """All samples of a split as they are, in its order, with view -1."""
+    rows = list(torch.arange(len(split)).split(batch_size))
+    for part, images in _fetched(split, rows, num_workers(workers, split)):
+        index = split.index[part].to(device)
+        view = torch.full_like(index, CLEAN)
+        yield Batch(as_float(images.to(device)), split.targets[part].to(device), index, view)
+
+
+def as_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [0, 1], contiguous."""
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def num_workers(workers: int | Literal["auto"], split: Split) -> int:
+    """Decoding processes for a split: none for one in memory; `auto` leaves training a core and takes 4 at most."""
+    if isinstance(split, ArraySplit):
+        return 0
+    if workers == "auto":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(max(cores - 1, 0), _MOST_WORKERS)
+    return workers
+
+
+class _Decoding(torch_data.Dataset[Tensor | KdctlError]):
+    """A split whose items are whole batches; a user's error travels back as a value, with its text unchanged."""
+
+    def __init__(self, split: ItemSplit) -> None:
+        self._split = split
+
+    def __getitem__(self, rows: Tensor) -> Tensor | KdctlError:
+        try:
+            return self._split.fetch(rows)
+        except KdctlError as error:
+            return error
+
+
+def _start_worker(_: int) -> None:
+    """One thread, and the keyboard's interrupt left to the training process, which ends its workers itself."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _fetched(split: Split, batches: list[Tensor], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows, uint8 images) of each batch, in order."""
+    if isinstance(split, ArraySplit) or workers == 0 or not batches:
+        yield from ((rows, split.fetch(rows)) for rows in batches)
+        return
+    decoded = torch_data.DataLoader(
+        _Decoding(split),
+        batch_size=None,
+        sampler=batches,
+        num_workers=min(workers, len(batches)),
+        worker_init_fn=_start_worker,
+        collate_fn=_unchanged,  # type: ignore[arg-type]
+    )
+    items = iter(decoded)
+    for rows in batches:
+        try:
+            images = next(items)
+        except RuntimeError as error:
+            hint = "data.workers=0 decodes in the training process; a container may need more shared memory"
+            raise KdctlError(Problem(f"a decoding process failed: {error}", hint=hint)) from error
+        if isinstance(images, KdctlError):
+            raise images
+        yield rows, images
+
+
+def _unchanged(item: Tensor | KdctlError) -> Tensor | KdctlError:
+    return item

@@ -1,0 +1,61 @@
+"""The manifest of an artefact: what its files are, how to call them, and checksums that tell whether they are whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdctl import __version__, runs
+from kdctl.errors import KdctlError, MissingError
+from kdctl.export.onnx import OnnxPredictor, preprocessing
+
+NAME = "manifest.json"
+
+
+def describe(predictor: OnnxPredictor, *, target: str, variant: str, files: Sequence[Path]) -> dict[str, Any]:
+    """The manifest of files that lie in one folder, opened by `predictor`."""
+    shape = list(predictor.image_shape)
+    return {
+        "format": 1,
+        "kdctl_version": __version__,
+        "target": target,
+        "variant": variant,
+        "runtime": predictor.runtime,
+        "model": predictor.path.name,
+        "inputs": [{
+            "name": predictor.input, "shape": [predictor.fixed_batch or "batch", *shape], "dtype": "float32",
+            "layout": "NCHW",
+        }],
+        "outputs": [{
+            "name": predictor.output, "shape": [predictor.fixed_batch or "batch", predictor.num_classes],
+            "dtype": "float32",
+        }],
+        "preprocessing": preprocessing(predictor.image_shape),
+        "class_names": predictor.class_names,
+        "files": [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in files],
+    }  # fmt: skip
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Reads a folder's manifest and checks its files. Raises MissingError or, for a damaged file, KdctlError."""
+    path = folder / NAME
+    if not path.is_file():
+        raise MissingError(f"{folder} is not an artefact: it has no {NAME}", hint="kdctl compress makes one")
+    try:
+        manifest: dict[str, Any] = runs.read_json(path)
+        files = [(folder / Path(entry["name"]).name, entry["sha256"]) for entry in manifest["files"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise KdctlError(f"{path} is damaged: it lacks {error}", hint="make the artefact again") from error
+    for file, expected in files:
+        if not file.is_file():
+            raise MissingError(f"{file} is not there, but {NAME} names it", hint="make the artefact again")
+        if sha256(file) != expected:
+            raise KdctlError(f"{file} is damaged: its checksum is not that of {NAME}", hint="make the artefact again")
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,155 @@
+"""What `kdctl doctor` finds on machines that are not this one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdctl.cli import app, doctor
+
+
+class Finished:
+    """A process that has ended: its exit code and what it printed."""
+
+    def __init__(self, code: int, output: str = "", errors: str = "") -> None:
+        self.returncode, self.output, self.errors = code, output, errors
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        return self.output, self.errors
+
+
+NMS = "Traceback\nRuntimeError: operator torchvision::nms does not exist"
+
+
+@pytest.fixture
+def versions(monkeypatch):
+    """Sets the installed versions, what torchvision is made for, and the build of torch."""
+
+    def install(build: str = "CPU build", pinned: str = "2.13.0", **found: str) -> None:
+        monkeypatch.setattr(doctor, "_version", found.get)
+        monkeypatch.setattr(doctor, "_pinned_torch", lambda: pinned)
+        monkeypatch.setattr(doctor, "_torch_build", lambda: build)
+
+    return install
+
+
+def test_torchvision_that_works(versions):
+    versions(torch="2.13.0+cpu", torchvision="0.28.0+cpu")
+    assert doctor._torchvision(Finished(0, "its operators run\n"))["status"] == "ok"
+
+
+def test_torchvision_made_for_cuda_beside_a_cpu_torch(versions):
+    versions(torch="2.13.0+cpu", torchvision="0.28.0")
+    check = doctor._torchvision(Finished(1, "", NMS))
+    assert check["status"] == "warn" and "CUDA build beside a CPU torch" in check["detail"]
+
+
+def test_torchvision_made_for_another_torch(versions):
+    versions(torch="2.13.0+cpu", torchvision="0.26.0", pinned="2.11.0")
+    check = doctor._torchvision(Finished(1, "", NMS))
+    assert check["status"] == "fail" and "made for torch 2.11.0" in check["detail"] and "torch==2.11.0" in check["fix"]
+
+
+def test_torchvision_that_breaks_otherwise(versions):
+    versions(build="CUDA 13.0 build", torch="2.13.0", torchvision="0.28.0")
+    check = doctor._torchvision(Finished(1, "", NMS))
+    assert check["status"] == "fail" and "nms does not exist" in check["detail"]
+
+
+def test_missing_packages(versions):
+    versions()
+    for check in (doctor._torch(None), doctor._torchvision(None), doctor._onnxruntime(None), doctor._library("onnx")):
+        assert check["status"] == "fail" and check["fix"].startswith("pip install")
+    assert doctor._optional("timm", "timm")["status"] == "absent"
+
+
+def test_torch_that_crashes(versions):
+    versions(torch="2.13.0")
+    check = doctor._torch(Finished(-11))
+    assert check["status"] == "fail" and "code -11" in check["detail"]
+
+
+def test_a_gpu_that_torch_does_not_see(versions, monkeypatch):
+    versions(build="CUDA 13.0 build", torch="2.13.0")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert doctor._torch(Finished(0, "no accelerator; 2 threads"))["status"] == "warn"
+    assert doctor._torch(Finished(0, "NVIDIA X; 2 threads"))["status"] == "ok"
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(doctor, "_TIMEOUT_S", 0.2)
+    attempt = doctor._start("import threading; threading.Event().wait()")
+    works, answer = doctor._finish(attempt)
+    assert not works and "no answer" in answer
+    assert attempt.returncode is not None
+
+
+@pytest.mark.parametrize(
+    ("line", "build"),
+    [("cuda: Optional[str] = '13.0'", "CUDA 13.0 build"), ("cuda: Optional[str] = None", "CPU build")],
+)
+def test_the_build_of_torch_is_read_from_its_file(monkeypatch, tmp_path, line, build):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/version.py").write_text(f"__version__ = '2'\n{line}\nhip: Optional[str] = None\n")
+
+    class Distribution:
+        def locate_file(self, name: str) -> Path:
+            return tmp_path / name
+
+    monkeypatch.setattr(doctor.metadata, "distribution", lambda name: Distribution())
+    assert doctor._torch_build() == build
+
+
+def test_pinned_torch(monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["numpy", "torch (==2.13.0)", "pillow"])
+    assert doctor._pinned_torch() == "2.13.0"
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["torch==2.11.0"])
+    assert doctor._pinned_torch() == "2.11.0"
+
+
+def test_a_quota_of_a_container(monkeypatch):
+    monkeypatch.setattr(doctor, "_first_line", lambda path: "50000 100000")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    check = doctor._cores()
+    assert check["status"] == "warn" and "0.5" in check["detail"] and check["fix"] == "train.threads=1"
+    monkeypatch.setattr(doctor, "_first_line", lambda path: "max 100000")
+    assert doctor._cores()["status"] == "ok"
+
+
+def test_a_disk_without_room(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
+    assert doctor._disk()["status"] == "warn"
+
+
+def test_no_write_access(monkeypatch):
+    def refuse(dir: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
+    check = doctor._write_access()
+    assert check["status"] == "fail" and "Permission denied" in check["detail"]
+
+
+def test_exit_code_and_document(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_start", lambda code: Finished(0, "fine"))
+    assert app.run(["doctor", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    names = [check["name"] for check in document["checks"]]
+    assert document["ok"] and {"python", "torch", "onnxruntime", "processor", "disk"} <= set(names)
+    assert all(set(check) == {"name", "status", "detail", "fix"} for check in document["checks"])
+    monkeypatch.setattr(doctor, "_start", lambda code: Finished(1, "", "broken"))
+    assert app.run(["doctor", "--json"]) == 4
+    document = json.loads(capsys.readouterr().out)
+    assert not document["ok"] and "onnxruntime" in document["errors"][0]["message"]
+    assert app.run(["doctor"]) == 4
+    text = capsys.readouterr().out
+    assert "onnxruntime" in text and "pip install --force-reinstall" in text
+
+
+def test_the_processor_of_this_machine():
+    check = doctor._processor()
+    assert check["status"] in ("ok", "warn") and check["detail"]
+    assert sys.platform != "linux" or "flags are not readable" not in check["detail"]

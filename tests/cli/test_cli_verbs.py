@@ -1,0 +1,328 @@
+"""init, list, explain, schema, check and show, called as a user calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdctl import registry
+from kdctl.cli import app, templates
+from kdctl.config.schema import ExperimentFile
+
+SMALL = """\
+data: {kind: digits, batch_size: 64}
+student: {kind: digits_cnn, width: 4}
+train: {epochs: 2}
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = app.run(arguments)
+        seen = capsys.readouterr()
+        return code, seen.out, seen.err
+
+    return call
+
+
+@pytest.fixture
+def document(run):
+    """The JSON document of a command that must succeed."""
+
+    def call(*arguments: str) -> dict:
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, out + err
+        return json.loads(out)
+
+    return call
+
+
+# --------------------------------------------------------------------------------------------------------------- init
+
+
+def test_init_writes_a_template_once(run, here):
+    code, out, err = run("init")
+    assert (code, out) == (0, "wrote quickstart.yaml\n") and "kdctl train quickstart.yaml" in err
+    assert (here / "quickstart.yaml").read_text() == templates.find("quickstart").read_text()
+    (here / "quickstart.yaml").write_text("mine")
+    code, _, err = run("init")
+    assert code == 2 and "not overwritten" in err
+    assert (here / "quickstart.yaml").read_text() == "mine"
+    assert [p.name for p in here.iterdir()] == ["quickstart.yaml"]
+
+
+def test_init_into_a_directory_or_a_file(document, here):
+    (here / "d").mkdir()
+    assert document("init", "-o", "d")["path"] == str(Path("d/quickstart.yaml"))
+    assert document("init", "quickstart.yaml", "-o", "new/a.yaml")["path"] == "new/a.yaml"
+    assert (here / "new/a.yaml").is_file()
+
+
+def test_init_never_replaces_even_a_broken_link(run, here):
+    (here / "quickstart.yaml").symlink_to("nowhere")
+    assert run("init")[0] == 2
+    assert (here / "quickstart.yaml").is_symlink()
+
+
+def test_init_loses_a_race_politely(run, here, monkeypatch):
+    monkeypatch.setattr("kdctl.cli.init.os.path.lexists", lambda path: False)
+    (here / "quickstart.yaml").write_text("of the other process")
+    assert run("init")[0] == 2
+    assert (here / "quickstart.yaml").read_text() == "of the other process"
+    assert len(list(here.iterdir())) == 1
+
+
+def test_init_of_an_unknown_template(run):
+    code, _, err = run("init", "quikstart")
+    assert code == 2 and "did you mean 'quickstart'?" in err
+
+
+def test_a_template_is_found_by_the_last_part_of_its_name(monkeypatch, here):
+    for name in ("a/x.yaml", "a/y.yaml", "b/y.yaml"):
+        (here / "configs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "configs" / name).write_text("\n# yaml-language-server: z\n# What it is.\n# more\n")
+    monkeypatch.setattr(templates, "directory", lambda: here / "configs")
+    assert templates.find("x") == templates.find("a/x") == here / "configs/a/x.yaml"
+    assert templates.summary(templates.find("x")) == "What it is."
+    with pytest.raises(templates.UsageError, match="a/y, b/y"):
+        templates.find("y")
+
+
+@pytest.mark.parametrize("name", sorted(templates.templates()))
+def test_every_template_is_described_and_valid(name, run, here):
+    assert templates.summary(templates.find(name))
+    assert run("init", name, "-o", "copy.yaml")[0] == 0
+    code, _, err = run("check", "copy.yaml")
+    assert code in (0, 4), err  # 4: data or weights that are not at hand here
+    assert "Traceback" not in err
+
+
+# --------------------------------------------------------------------------------------------------------------- list
+
+
+@pytest.mark.parametrize("group", sorted(registry.GROUPS))
+def test_list_shows_the_whole_table(document, group):
+    items = document("list", group)["items"]
+    assert [item["name"] for item in items] == list(registry.catalogue(group))
+    assert all(item["summary"] and item["source"] for item in items)
+
+
+def test_list_by_glob_part_and_alias(document):
+    def names(pattern):
+        return [item["name"] for item in document("list", "losses", pattern)["items"]]
+
+    assert names("attention*") == ["attention_transfer"]
+    assert names("ATTENTION") == ["attention_transfer"]
+    assert names("ce") == ["supervised"]
+    assert names("at?ention_transfer") == ["attention_transfer"]
+    assert "attention_transfer" not in names("transfer*")
+
+
+def test_list_without_a_match(run):
+    assert run("list", "models", "zzz*") == (0, "", "no models like 'zzz*'\n")
+
+
+def test_list_of_something_else(run):
+    code, _, err = run("list", "loses")
+    assert code == 2 and "did you mean 'losses'?" in err and "optimizers" in err
+
+
+def test_list_runs(document, run, here):
+    assert run("list", "runs") == (0, "", "no runs\n")
+    for number, status in (("001", "done"), ("002", "interrupted")):
+        path = here / "runs/mine" / number
+        path.mkdir(parents=True)
+        info = {"name": "mine", "number": int(number), "status": status, "role": "main", "seed": 3}
+        (path / "run.json").write_text(json.dumps({**info, "created": f"2030-01-01T00:00:{number[-2:]}+00:00"}))
+        (path / "config.yaml").write_text("")
+    items = document("list", "runs")["items"]
+    assert [item["name"] for item in items] == ["runs/mine/001", "runs/mine/002"]
+    assert items[1]["status"] == "interrupted"
+    assert "interrupted, main, seed 3, 2030-01-01 00:00 UTC" in run("list", "runs", "*002")[1]
+
+
+# ------------------------------------------------------------------------------------------------------------ explain
+
+
+def test_explain_a_loss(document, run):
+    found = document("explain", "kd")
+    assert (found["group"], found["name"]) == ("losses", "kd")
+    temperature = next(a for a in found["arguments"] if a["name"] == "temperature")
+    assert temperature["type"] == "number > 0" and temperature["default"] == 4.0 and "T" in temperature["aliases"]
+    text = run("explain", "kd")[1]
+    assert "Hinton" in text and "temperature / T" in text
+
+
+def test_explain_a_preset(document, run):
+    found = document("explain", "resnet20")
+    assert found["preset"]["depth"] == 20
+    assert "depth" not in [a["name"] for a in found["arguments"]]
+    assert "depth = 20" in run("explain", "resnet20")[1]
+
+
+def test_explain_by_alias_and_by_group(document):
+    assert document("explain", "ce")["name"] == "supervised"
+    assert document("explain", "losses.ce") == document("explain", "losses.supervised")
+
+
+@pytest.mark.parametrize("group", sorted(registry.GROUPS))
+def test_every_component_can_be_explained(document, run, group):
+    for name in registry.catalogue(group):
+        found = document("explain", f"{group}.{name}")
+        assert found["doc"], f"{group}.{name} has no docstring"
+        assert run("explain", f"{group}.{name}")[0] == 0
+
+
+def test_explain_what_is_several_things(run, monkeypatch):
+    real = registry.catalogue
+    twin = {"kd": registry.Component("tasks", "kd", "kdctl.losses.kd:KD")}
+    monkeypatch.setattr(registry, "catalogue", lambda group: real(group) | (twin if group == "tasks" else {}))
+    code, _, err = run("explain", "kd")
+    assert code == 2 and "losses.kd, tasks.kd" in err
+
+
+@pytest.mark.parametrize(
+    ("key", "type_", "default"),
+    [
+        ("data.views", "one of fresh, all or integer > 0", "fresh"),
+        ("data.val_fraction", "number >= 0 and < 1", 0.1),
+        ("train.precision", "one of auto, fp32, bf16, fp16", "auto"),
+        ("distill.alpha", "number >= 0 and <= 1", 0.9),
+        ("teacher.train.epochs", "integer > 0 or null", None),
+        ("losses.weight", "number or a map of integer >= 0 to number", 1.0),
+        ("losses.0.weight", "number or a map of integer >= 0 to number", 1.0),
+        ("distill.T", "number > 0", 4.0),
+        ("losses.kd.temperature", "number > 0", 4.0),
+        ("losses.kd.T", "number > 0", 4.0),
+        ("optimizer.sgd.nesterov", "bool", None),
+    ],
+)
+def test_explain_a_key(document, key, type_, default):
+    found = document("explain", key)
+    assert (found["name"], found["type"]) == (key, type_)
+    if default is not None:
+        assert found["default"] == default
+
+
+def test_explain_a_section(document, run):
+    found = document("explain", "data")
+    assert found["required"] and "views" in found["keys"] and found["kinds_from"] == "data"
+    assert "kdctl list data" in run("explain", "data")[1]
+
+
+def test_every_key_of_the_schema_can_be_explained(document):
+    for name in ExperimentFile.model_fields:
+        assert document("explain", name)["name"] == name
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("data.vews", "data.views"), ("resnte20", "resnet20"), ("losess", "losses")]
+)
+def test_explain_something_unknown(run, word, meant):
+    code, _, err = run("explain", word)
+    assert code == 2 and f"did you mean '{meant}'?" in err
+
+
+# ------------------------------------------------------------------------------------------------------------- schema
+
+
+def test_schema_to_stdout_and_to_a_file(run, document, here):
+    schema = json.loads(run("schema")[1])
+    assert "student" in schema["properties"] and "schema_version" not in schema
+    assert document("schema", "-o", "experiment.schema.json")["path"] == "experiment.schema.json"
+    assert json.loads((here / "experiment.schema.json").read_text()) == schema
+
+
+# -------------------------------------------------------------------------------------------------------------- check
+
+
+def test_check_prints_the_plan(run, document, here):
+    (here / "a.yaml").write_text(SMALL + "compress: [{kind: quantize}]\n")
+    plan = document("check", "a.yaml", "train.epochs=2")["plan"]
+    assert plan["student"]["kind"] == "digits_cnn" and plan["teacher"] == []
+    assert [stage["kind"] for stage in plan["stages"]] == ["train", "quantize"]
+    text = run("check", "a.yaml")[1]
+    assert "digits_cnn (width 4)" in text and "2 epochs, supervised" in text and "lr 0.05" in text
+
+
+def test_check_of_a_teacher_without_weights(run, here):
+    (here / "a.yaml").write_text(SMALL + "teacher: {kind: digits_cnn, width: 8, train: {epochs: 5}}\n")
+    text = run("check", "a.yaml", "losses=[{kind: ce}, {kind: kd, weight: {0: 0, 5: 0.9}}]")[1]
+    assert "digits_cnn (width 8) from stage teacher" in text
+    assert "{0: 0, 5: 0.9} x kd (temperature 4.0)" in text
+
+
+def test_check_lists_every_problem(run, here):
+    (here / "a.yaml").write_text("data: {kind: digits, batch_sise: 8}\nstudent: {kind: resnet21}\nnonsense: 1\n")
+    code, out, err = run("check", "a.yaml", "train.sed=3")
+    assert (code, out) == (3, "")
+    assert err.startswith("a.yaml: 4 problems\n") and err.count("did you mean") >= 3
+    code, out, _ = run("check", "a.yaml", "train.sed=3", "--json")
+    errors = json.loads(out)["errors"]
+    assert code == 3 and len(errors) == 4
+    assert {error["line"] for error in errors} >= {1, 2, 3}
+
+
+def test_check_of_a_file_that_is_not_there(run):
+    code, _, err = run("check", "none.yaml")
+    assert code == 4 and err.count("none.yaml") >= 1
+
+
+def test_check_writes_nothing(run, here):
+    (here / "a.yaml").write_text(SMALL)
+    run("check", "a.yaml")
+    assert [p.name for p in here.iterdir()] == ["a.yaml"]
+
+
+# --------------------------------------------------------------------------------------------------------------- show
+
+
+def test_what_show_prints_is_a_file_that_shows_the_same(run, document, here):
+    (here / "a.yaml").write_text(SMALL)
+    resolved = run("show", "a.yaml", "train.seed=5")[1]
+    (here / "b.yaml").write_text(resolved)
+    assert document("show", "b.yaml")["experiment"] == document("show", "a.yaml", "train.seed=5")["experiment"]
+    assert run("show", "b.yaml")[1] == resolved
+
+
+def test_show_origin(run, document, here):
+    (here / "a.yaml").write_text(SMALL)
+    rows = {row["key"]: row for row in document("show", "a.yaml", "--origin", "train.seed=5")["origin"]}
+    assert rows["train.seed"]["value"] == 5 and "override" in rows["train.seed"]["from"]
+    assert rows["data.batch_size"]["from"].endswith("a.yaml:1")
+    assert rows["data.val_fraction"]["from"] == "default"
+    assert "\ndata.batch_size" in run("show", "a.yaml", "--origin")[1]
+
+
+def test_show_device_is_an_override(document, here):
+    (here / "a.yaml").write_text(SMALL)
+    assert document("show", "a.yaml", "--device", "cuda:1")["experiment"]["train"]["device"] == "cuda:1"
+
+
+def test_show_diff(run, document, here):
+    (here / "a.yaml").write_text(SMALL)
+    found = document("show", "a.yaml", "--diff", "a.yaml", "train.seed=5", "data.augment=[{kind: cutout}]")["diff"]
+    rows = {row["key"]: row for row in found}
+    assert (rows["train.seed"]["this"], rows["train.seed"]["other"]) == (5, 0)
+    assert "data.augment.cutout.kind" in rows and "data.batch_size" not in rows
+    assert run("show", "a.yaml", "--diff", "a.yaml") == (0, "", "nothing differs\n")
+
+
+def test_show_a_run(document, run, here):
+    path = here / "runs/mine/001"
+    path.mkdir(parents=True)
+    (path / "run.json").write_text(json.dumps({"created": "2030", "role": "main"}))
+    (path / "config.yaml").write_text(SMALL)
+    for name in ("latest", "runs/mine/001", "mine"):
+        assert document("show", name)["experiment"]["student"]["kind"] == "digits_cnn"
+    code, _, err = run("show", "yours")
+    assert code == 4 and "there is no run at 'yours'" in err

@@ -1,0 +1,157 @@
+"""The exported file is the model: same logits at any batch size, its story inside, and damage is told."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from kdctl import __version__, runs
+from kdctl.errors import ConfigError, KdctlError, MissingError
+from kdctl.export import manifest
+from kdctl.export.onnx import Onnx, OnnxPredictor, check_parity, inspect, record_metadata
+
+SHAPE = (3, 10, 12)
+RECORD = {"kind": "net", "class_names": ["one", "twö", "three", "four"], "normalize": {"mean": [0.4], "std": [0.2]}}
+
+
+class Net(nn.Module):
+    """Normalisation, a strided convolution with batch norm, dropout, a mean over pixels, a linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, images):
+        x = (images - 0.4) / torch.tensor([0.2, 0.3, 0.25]).view(1, 3, 1, 1)
+        return self.fc(self.drop(self.bn(self.conv(x)).relu().mean((2, 3))))
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    net = Net()
+    net(torch.rand(64, *SHAPE))  # batch statistics that are not the initial ones
+    return net
+
+
+@pytest.fixture(scope="module")
+def exported(net, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    Onnx().convert(net, SHAPE, path, record_metadata(RECORD))
+    return path
+
+
+def images(n):
+    return np.random.default_rng(n).random((n, *SHAPE), dtype=np.float32)
+
+
+def test_logits_at_any_batch_size(net, exported):
+    assert net.training  # the export leaves the model as it is
+    predictor = OnnxPredictor(exported, threads=1)
+    net.eval()
+    try:
+        for n in (1, 3, 32):
+            with torch.no_grad():
+                expected = net(torch.from_numpy(images(n))).numpy()
+            np.testing.assert_allclose(predictor(images(n)), expected, atol=1e-5)
+    finally:
+        net.train()
+
+
+def test_predictor_states_what_it_is(exported):
+    predictor = OnnxPredictor(exported, threads=1)
+    assert predictor.runtime.startswith("onnxruntime 1.")
+    assert (predictor.image_shape, predictor.num_classes, predictor.fixed_batch) == (SHAPE, 4, None)
+    assert predictor.class_names == RECORD["class_names"]
+    assert predictor.metadata["kdctl_version"] == __version__
+    assert json.loads(predictor.metadata["record"])["normalize"] == RECORD["normalize"]
+    assert json.loads(predictor.metadata["preprocessing"])["shape"] == list(SHAPE)
+
+
+def test_file_holds_no_traces(exported):
+    proto = onnx.load(exported)
+    assert not any(n.name or n.doc_string or n.metadata_props for n in proto.graph.node)
+    assert not proto.graph.value_info
+    contents = inspect(exported)
+    assert contents.weights == 8 * 3 * 9 + 4 * 8
+    assert contents.weight_bytes == 4 * (contents.weights + 8 + 4 + 1)  # biases, and the mean of the input
+
+
+def test_quiet(net, tmp_path, capfd):
+    Onnx().convert(net, SHAPE, tmp_path / "m.onnx", {})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_parity_finds_a_difference(exported):
+    predictor = OnnxPredictor(exported, threads=1)
+    same = check_parity(predictor, predictor, images(10), batch_size=4)
+    assert (same.max_abs_diff, same.agreement, same.samples) == (0.0, 100.0, 10)
+
+    def other(batch):
+        logits = predictor(batch)
+        logits[0] = np.roll(logits[0], 1)  # the first of each batch of 4: 3 of 10
+        return logits
+
+    assert check_parity(predictor, other, images(10), batch_size=4).agreement == 70.0
+    assert check_parity(predictor, lambda b: predictor(b) * np.nan, images(2)).max_abs_diff == float("inf")
+
+
+def test_wrong_images_are_refused(exported):
+    with pytest.raises(KdctlError, match=r"takes images \(N, 3, 10, 12\); these are \(2, 3, 12, 10\)"):
+        OnnxPredictor(exported, threads=1)(np.zeros((2, 3, 12, 10), np.float32))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a model"])
+def test_damaged_file(exported, tmp_path, damage):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(damage(exported.read_bytes()))
+    with pytest.raises(KdctlError, match="damaged or not an ONNX model"):
+        OnnxPredictor(path)
+    with pytest.raises(MissingError, match="there is no file"):
+        OnnxPredictor(tmp_path / "other.onnx")
+
+
+def test_model_that_cannot_be_traced(tmp_path):
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+    with pytest.raises(KdctlError, match="cannot be exported to ONNX"):
+        Onnx().convert(Branches(), SHAPE, tmp_path / "m.onnx", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_opset_range():
+    with pytest.raises(ConfigError, match="opset is 9"):
+        Onnx(opset=9)
+
+
+def test_manifest_tells_a_damaged_artefact(exported, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(exported.read_bytes())
+    predictor = OnnxPredictor(path, threads=1)
+    document = manifest.describe(predictor, target="onnx", variant="onnx-fp32", files=[path])
+    runs.write_json(tmp_path / manifest.NAME, document)
+    assert manifest.verify(tmp_path)["inputs"][0]["shape"] == ["batch", *SHAPE]
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(KdctlError, match="checksum"):
+        manifest.verify(tmp_path)
+    path.unlink()
+    with pytest.raises(MissingError, match="is not there"):
+        manifest.verify(tmp_path)
+    runs.write_json(tmp_path / manifest.NAME, {"files": 3})
+    with pytest.raises(KdctlError, match="damaged"):
+        manifest.verify(tmp_path)
+    (tmp_path / manifest.NAME).unlink()
+    with pytest.raises(MissingError, match="not an artefact"):
+        manifest.verify(tmp_path)
