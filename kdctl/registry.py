@@ -284,7 +284,8 @@ def create(group: str, kind: str, arguments: Mapping[str, Any], base: Path | Non
     """
     component = find(group, kind, base)
     loaded = load(component)
-    known = signature(component).parameters
+    declared = signature(component)
+    known = declared.parameters
     values = {
         name: tuple(v) if isinstance(v, list) and name in known and known[name].annotation.startswith("tuple") else v
         for name, v in arguments.items()
@@ -293,6 +294,9 @@ def create(group: str, kind: str, arguments: Mapping[str, Any], base: Path | Non
     repeated = sorted(set(values) & (set(component.preset) | set(given)))
     if repeated:
         raise ConfigError(f"{label}: '{repeated[0]}' is set by kdctl and cannot be given")
+    unknown = sorted(set(values) - set(known)) if not declared.accepts_any else []
+    if unknown:
+        raise ConfigError(f"{label} has no argument '{unknown[0]}'", hint=did_you_mean(unknown[0], known))
     values |= {**component.preset, **given}
     try:
         inspect.signature(loaded).bind(**values)

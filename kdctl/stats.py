@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 _CONVERGED = 3e-16
 _TINY = 1e-300
@@ -25,6 +26,10 @@ class Interval:
     std: float | None
     ci95: tuple[float, float] | None
     n: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values for a JSON document; ci95 is a list."""
+        return asdict(self) | {"ci95": None if self.ci95 is None else list(self.ci95)}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -75,6 +76,13 @@ def test_pairing_removes_what_seeds_share():
 def test_one_value_has_no_interval():
     assert stats.interval([3.0]) == stats.Interval(3.0, None, None, 1)
     assert "one seed cannot tell" in stats.verdict(stats.paired([92.0], [90.0]))
+
+
+def test_plain_values_for_json():
+    assert stats.interval([3.0]).as_dict() == {"mean": 3.0, "std": None, "ci95": None, "n": 1}
+    document = stats.paired([2.0, 3.0], [1.0, 3.0]).as_dict()
+    assert json.loads(json.dumps(document)) == document
+    assert set(document) == {"mean", "std", "ci95", "n", "p_value"}
 
 
 def test_identical_values():

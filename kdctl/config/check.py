@@ -31,7 +31,7 @@ from kdctl.config.schema import (
     stage_type,
 )
 from kdctl.config.yaml_io import Document, KeyPath
-from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
+from kdctl.errors import ConfigError, KdctlError, MissingError, Problem, did_you_mean
 
 MAX_PROBLEMS = 50
 
@@ -132,7 +132,9 @@ class _Check:
         for path, found in by_place(errors, self.data).items():
             kind = found[0]["type"]
             site = sites.get(path[:-1])
-            if kind == "missing":
+            if kind == "missing" and site is not None and (misspelt := _misspelt(site, str(path[-1]))):
+                self._report((*site.path, misspelt), *unknown_key(misspelt, site.keys), key_line=True)
+            elif kind == "missing":
                 self._report(path, f"'{path[-1]}' is missing", _missing_hint(path))
             elif kind == "extra_forbidden" and site is not None:
                 twice = _given_twice(site, str(path[-1]))
@@ -180,8 +182,9 @@ class _Check:
     def _rename_origins(self, path: KeyPath, renamed: Mapping[str, str]) -> None:
         origins, size = self.document.origins, len(path) + 1
         for old, new in renamed.items():
-            moved = {p: o for p, o in origins.items() if old != new and p[:size] == (*path, old)}
-            origins.update({(*path, new, *p[size:]): o for p, o in moved.items()})
+            if old != new and (*path, old) in origins:
+                moved = {p: o for p, o in origins.items() if p[:size] == (*path, old)}
+                origins.update({(*path, new, *p[size:]): o for p, o in moved.items()})
 
     def _fell_away(self, site: Site, kind_key: str, group: str, key: str) -> bool:
         """Whether an argument belongs to the kind of an earlier layer that a later layer has changed."""
@@ -276,6 +279,12 @@ def _belongs(path: KeyPath) -> str | None:
     sections: dict[str, type[BaseModel]] = {"train": TrainSettings, "data": DataSpec, "distill": Distill}
     places = [f"{name}.{path[-1]}" for name, model in sections.items() if path[-1] in model.model_fields]
     return f"did you mean {places[0]}?" if places and path[:-1] != tuple(places[0].split(".")[:-1]) else None
+
+
+def _misspelt(site: Site, wanted: str) -> str | None:
+    """A key of a component that was probably meant to be the one that is missing."""
+    others = [str(key) for key in site.value if key not in site.keys] if issubclass(site.model, Component) else []
+    return next((key for key in others[:MAX_PROBLEMS] if did_you_mean(key, [wanted])), None)
 
 
 def _given_twice(site: Site, key: str) -> tuple[str, str] | None:

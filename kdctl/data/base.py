@@ -205,15 +205,14 @@ def statistics(split: Split) -> tuple[list[float], list[float]]:
     rows = torch.arange(len(split))
     if isinstance(split, ItemSplit) and len(split) > _STATISTICS_SAMPLES:
         rows = torch.linspace(0, len(split) - 1, _STATISTICS_SAMPLES, dtype=torch.float64).long()
-    total = torch.zeros(split.image_shape[0], dtype=torch.int64)
-    squares = torch.zeros_like(total)
-    for part in rows.split(1024):
+    histogram = torch.zeros(split.image_shape[0], 256, dtype=torch.int64)
+    for part in rows.split(256):
         pixels = split.fetch(part).transpose(0, 1).flatten(1)
-        total += pixels.sum(1, dtype=torch.int64)
-        squares += pixels.to(torch.int32).square_().sum(1, dtype=torch.int64)
+        histogram += torch.stack([torch.bincount(channel, minlength=256) for channel in pixels])
+    values = torch.arange(256)
     count = len(rows) * split.image_shape[1] * split.image_shape[2]
-    mean = total.double() / count
-    std = (squares.double() / count - mean.square()).clamp_min(0).sqrt()
+    mean = (histogram * values).sum(1).double() / count
+    std = ((histogram * values.square()).sum(1).double() / count - mean.square()).clamp_min(0).sqrt()
     std[std == 0] = 255.0
     return (mean / 255).tolist(), (std / 255).tolist()
 

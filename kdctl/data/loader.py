@@ -5,8 +5,10 @@ What a batch holds depends on seeds, epoch and step alone, never on the number o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Literal
 
@@ -137,7 +139,8 @@ def _fetched(split: Split, batches: list[Tensor], workers: int) -> Iterator[tupl
         worker_init_fn=_start_worker,
         collate_fn=_unchanged,  # type: ignore[arg-type]
     )
-    items = iter(decoded)
+    with _child_signals_kept():
+        items = iter(decoded)
     for rows in batches:
         try:
             images = next(items)
@@ -147,6 +150,22 @@ def _fetched(split: Split, batches: list[Tensor], workers: int) -> Iterator[tupl
         if isinstance(images, KdctlError):
             raise images
         yield rows, images
+
+
+@contextlib.contextmanager
+def _child_signals_kept() -> Iterator[None]:
+    """Undoes torch's handler of SIGCHLD, which raises a worker's death wherever training happens to be.
+
+    Without it the death is found where the worker's batch is waited for.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _unchanged(item: Tensor | KdctlError) -> Tensor | KdctlError:

@@ -66,9 +66,10 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise MissingError(Problem(f"there is no file {path}", key="data.path"))
     wanted = {f"{letter}_{split}" for letter in "xy" for split in ("train", "val", "test")} | {"class_names"}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                _wrong(path, "is a single array, not an .npz of several")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            _wrong(path, "is a single array, not an .npz of several")
+        with file:
             return {name: file[name] for name in file.files if name in wanted}
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         _wrong(path, f"cannot be read as .npz: {error}")

@@ -97,12 +97,12 @@ def _fold_scale(graph: Graph, node: onnx.NodeProto, shapes: dict[str, list[int |
     if conv is None or conv.op_type != "Conv" or conv.input[0] != node.output[0]:
         return
     weight = graph.constant(conv.input[1])
-    if weight is None or attributes(conv).get("group", 1) != 1 or graph.only_reader(conv.input[1]) is None:
+    if weight is None or graph.only_reader(conv.input[1]) is None:
         return
     per_channel = (1, weight.shape[1]) + (1,) * (weight.ndim - 2)
     if factor.size != 1 and factor.shape not in (per_channel, per_channel[1:]):
         return
-    factor = factor.reshape(per_channel if factor.size > 1 else ())
+    factor = factor.reshape(per_channel if factor.size > 1 else ())  # with groups only a scalar can get here
     scaled = weight / factor if node.op_type == "Div" else weight * factor
     graph.constants[conv.input[1]].CopyFrom(numpy_helper.from_array(scaled.astype(weight.dtype), conv.input[1]))
     conv.input[0] = node.input[0]

@@ -120,6 +120,17 @@ def test_weights_have_a_scale_a_channel(folder, net, digits, tmp_path):
     assert scales(tmp_path / "m.onnx")[(64, 32, 3, 3)] == 1
 
 
+def test_logits_are_not_rounded_to_256_levels(folder, digits):
+    assert onnx.load(folder / "minmax.onnx").graph.node[-1].op_type == "Gemm"
+    assert len(np.unique(OnnxPredictor(folder / "minmax.onnx", threads=1)(digits[2]))) > 256
+
+
+def test_sums_with_constants_stay_in_float():
+    nodes = [onnx.helper.make_node(op, ins, ["o"], name=op + ins[1]) for op in ("Add", "Mul") for ins in ("ab", "ac")]
+    made = onnx.helper.make_graph(nodes, "g", [], [], [onnx.numpy_helper.from_array(np.ones(1, np.float32), "c")])
+    assert quantize._in_float(onnx.helper.make_model(made)) == ["Addc", "Mulc"]
+
+
 def test_metadata(folder):
     metadata = OnnxPredictor(folder / "entropy.onnx", threads=1).metadata
     said = json.loads(metadata["quantization"])

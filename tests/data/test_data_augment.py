@@ -130,7 +130,7 @@ def test_crop_sizes(padding: int, size: int | None) -> None:
 
 
 def test_crop_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="17x17.*12x10.*padding 2"):
+    with pytest.raises(ConfigError, match=r"17x17.*12x10.*padding 2"):
         Augment([RandomCrop(padding=2, size=17)]).output_shape(SHAPE)
 
 

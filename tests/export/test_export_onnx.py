@@ -85,9 +85,10 @@ def test_file_holds_no_traces(exported):
     assert contents.weight_bytes == 4 * (contents.weights + 8 + 4 + 1)  # biases, and the mean of the input
 
 
-def test_quiet(net, tmp_path, capfd):
+def test_quiet(net, tmp_path, capfd, recwarn):
     Onnx().convert(net, SHAPE, tmp_path / "m.onnx", {})
     assert capfd.readouterr() == ("", "")
+    assert recwarn.list == []
 
 
 def test_parity_finds_a_difference(exported):

@@ -100,7 +100,7 @@ def test_evaluation_does_not_depend_on_the_batch(kind: str) -> None:
     images = torch.rand(3, 3, 32, 32)
     before = {n: b.clone() for n, b in model.named_buffers()}
     together, alone = model(images), torch.cat([model(i[None]) for i in images])
-    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
 
 

@@ -16,8 +16,6 @@ from kdctl.errors import ConfigError, MissingError
 from kdctl.models.record import ModelRecord, build_model, load_model, save_model
 from kdctl.models.weights import load_weights
 
-pytest.importorskip("safetensors")
-
 
 def record(kind: str, channels: int = 3, **arguments: object) -> ModelRecord:
     return ModelRecord(kind, arguments, 5, list("abcde"), [channels, 32, 32])

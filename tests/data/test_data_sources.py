@@ -1,0 +1,577 @@
+"""Sources: what they read, and what they say of missing, damaged and hostile files."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdctl import registry
+from kdctl.data import SOURCES, cifar, mnist, official
+from kdctl.data.base import ArraySplit, Dataset, ItemSplit, Source, split_from_pairs, statistics
+from kdctl.data.cifar import Cifar
+from kdctl.data.digits import Digits
+from kdctl.data.image_folder import ImageFolder
+from kdctl.data.mnist import Mnist
+from kdctl.data.npz import Npz
+from kdctl.errors import ConfigError, KdctlError, MissingError
+
+RNG = np.random.default_rng(0)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return RNG.integers(0, 256, shape, dtype=np.uint8)
+
+
+# --------------------------------------------------------------------------------------------------------------- base
+
+
+def test_dataset_measures_its_statistics() -> None:
+    images = torch.from_numpy(noise(50, 3, 6, 5))
+    images[:, 2] = 51
+    dataset = Dataset(ArraySplit(images, torch.zeros(50, dtype=torch.int64)), class_names=["a"])
+    scaled = images.double() / 255
+    assert dataset.mean == pytest.approx(scaled.mean((0, 2, 3)).tolist())
+    expected = scaled.std((0, 2, 3), correction=0).tolist()
+    assert dataset.std == pytest.approx([*expected[:2], 1.0]), "a flat channel is left as it is"
+
+
+def test_statistics_of_items_come_from_some_of_them() -> None:
+    asked: list[int] = []
+
+    def decode(item: int) -> torch.Tensor:
+        asked.append(item)
+        return torch.full((1, 2, 2), item % 2 * 255, dtype=torch.uint8)
+
+    mean, std = statistics(ItemSplit(decode, torch.zeros(5001, dtype=torch.int64), (1, 2, 2), stamp=""))
+    assert len(asked) == 512 and asked[0] == 0 and asked[-1] == 5000
+    assert 0.4 < mean[0] < 0.6 and 0.45 < std[0] < 0.55
+
+
+@pytest.mark.parametrize(
+    ("targets", "names", "message"),
+    [
+        ([0, 1, 2], ["a", "b"], "target 2; allowed: 0..1"),
+        ([0, -1, 1], ["a", "b"], "target -1"),
+        ([0, 0, 0], [], "names no classes"),
+        ([], ["a"], "no samples"),
+    ],
+)
+def test_dataset_refuses_wrong_targets(targets: list[int], names: list[str], message: str) -> None:
+    images = torch.zeros(len(targets), 1, 2, 2, dtype=torch.uint8)
+    with pytest.raises(ConfigError, match=message):
+        Dataset(ArraySplit(images, torch.tensor(targets, dtype=torch.int64)), class_names=names)
+
+
+def test_splits_refuse_other_types_and_shapes() -> None:
+    good = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    with pytest.raises(ConfigError, match="float32 of shape"):
+        ArraySplit(good.float(), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"int64 of shape \(3,\); got int64 of shape \(2,\)"):
+        ArraySplit(good, torch.zeros(2, dtype=torch.int64))
+    train = ArraySplit(good, torch.zeros(3, dtype=torch.int64))
+    test = ArraySplit(good[..., :1], torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="test split have shape"):
+        Dataset(train, test=test, class_names=["a"])
+    with pytest.raises(ConfigError, match="got list"):
+        Dataset(train, test=[1], class_names=["a"])  # type: ignore[arg-type]
+    odd = ItemSplit(lambda i: good[0, :, :1], torch.zeros(3, dtype=torch.int64), (1, 2, 2), stamp="")
+    with pytest.raises(ConfigError, match="item 2 is uint8 of shape"):
+        odd.fetch(torch.tensor([2]))
+
+
+def test_pairs_become_a_split() -> None:
+    colour, grey = noise(4, 5, 3), noise(4, 5)
+    split = split_from_pairs([(Image.fromarray(colour), 3), (colour, 1)])
+    assert split.images.shape == (2, 3, 4, 5) and split.targets.tolist() == [3, 1]
+    np.testing.assert_array_equal(split.images[0].permute(1, 2, 0).numpy(), colour)
+    assert split_from_pairs([(grey, 0)]).images.shape == (1, 1, 4, 5)
+    with pytest.raises(ConfigError, match="one shape"):
+        split_from_pairs([(grey, 0), (grey[1:], 0)])
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_table_entries_are_sources_that_the_registry_can_make(name: str) -> None:
+    arguments = {"npz": {"path": "x.npz"}, "image_folder": {"root": "x"}}.get(name, {})
+    assert isinstance(registry.create("data", name, arguments), Source)
+
+
+# ------------------------------------------------------------------------------------------------------------- digits
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    dataset = Digits().load()
+    assert dataset.test is not None and dataset.val is None
+    assert len(dataset.train) == 1297 and dataset.image_shape == (1, 8, 8)
+    assert torch.bincount(dataset.test.targets).tolist() == [50] * 10
+
+    def rows(splits: list[Any]) -> list[tuple[int, ...]]:
+        return sorted((*s.images[i].flatten().tolist(), int(s.targets[i])) for s in splits for i in range(len(s)))
+
+    data = load_digits()
+    pixels = np.round(data.images * 255 / 16).astype(np.uint8)
+    original = ArraySplit(torch.from_numpy(pixels)[:, None], torch.from_numpy(data.target.astype(np.int64)))
+    assert rows([dataset.train, dataset.test]) == rows([original])
+
+
+# -------------------------------------------------------------------------------------------------------------- cifar
+
+
+def python2_pickle(content: dict[bytes, Any]) -> bytes:
+    """A dictionary as Python 2 wrote it, as the official files are: byte strings, numpy's old names."""
+
+    def text(value: bytes) -> bytes:
+        return b"U" + bytes([len(value)]) + value
+
+    def number(value: int) -> bytes:
+        return b"J" + struct.pack("<i", value)
+
+    def item(value: Any) -> bytes:
+        if isinstance(value, bytes):
+            return text(value)
+        if isinstance(value, int):
+            return number(value)
+        if isinstance(value, list):
+            return b"](" + b"".join(item(v) for v in value) + b"e"
+        made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + number(0) + b"\x85U\x01b\x87R"
+        kind = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN" + number(-1) * 2 + b"K\x00tb"
+        state = b"(K\x01" + b"".join(map(number, value.shape)) + b"\x86" + kind + b"\x89"
+        return made + state + b"T" + struct.pack("<I", value.nbytes) + value.tobytes() + b"tb"
+
+    return b"\x80\x02}(" + b"".join(text(key) + item(value) for key, value in content.items()) + b"u."
+
+
+def python3_pickle(content: dict[bytes, Any]) -> bytes:
+    return pickle.dumps(content, protocol=4)
+
+
+def cifar_files(
+    root: Path, name: str, count: int = 20, pickled: Callable[[dict[bytes, Any]], bytes] = python2_pickle
+) -> dict[str, str]:
+    """Small files in the official layout, and their MD5 sums."""
+    folder = root / cifar._FOLDERS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = {}
+    for file in cifar._MD5[name]:
+        labels = [int(v) for v in RNG.integers(0, 10, count)]
+        content = {b"data": noise(count, 3072), cifar._LABELS[name]: labels, b"filenames": [b"x.png"] * count}
+        data = pickled(content)
+        (folder / file).write_bytes(data)
+        sums[file] = hashlib.md5(data).hexdigest()
+    return sums
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("pickled", [python2_pickle, python3_pickle])
+def test_cifar_is_read(
+    name: str, pickled: Callable[[dict[bytes, Any]], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cifar._MD5, name, cifar_files(tmp_path, name, pickled=pickled))
+    dataset = Cifar(root=str(tmp_path), name=name).load()  # type: ignore[arg-type]
+    files = list(cifar._MD5[name])
+    assert len(dataset.train) == 20 * (len(files) - 1) and dataset.test is not None and len(dataset.test) == 20
+    with open(tmp_path / cifar._FOLDERS[name] / files[0], "rb") as file:
+        first = pickle.load(file, encoding="bytes")
+    np.testing.assert_array_equal(dataset.train.fetch(torch.arange(20)).reshape(20, -1).numpy(), first[b"data"])
+    assert dataset.train.targets[:20].tolist() == first[cifar._LABELS[name]]
+    assert len(dataset.class_names) == len(set(dataset.class_names)) == {"cifar10": 10, "cifar100": 100}[name]
+    inside = Cifar(root=str(tmp_path / cifar._FOLDERS[name]), name=name).load()  # type: ignore[arg-type]
+    assert inside.train.fingerprint() == dataset.train.fingerprint()
+
+
+def test_cifar_npz_is_read(tmp_path: Path) -> None:
+    x, y = noise(30, 32, 32, 3), np.arange(30, dtype=np.uint8)
+    np.savez(tmp_path / "cifar100.npz", x_train=x, y_train=y, coarse_train=y, x_test=x[:9], y_test=y[:9])
+    dataset = Cifar(root=str(tmp_path), name="cifar100").load()
+    np.testing.assert_array_equal(dataset.train.fetch(torch.arange(30)).permute(0, 2, 3, 1).numpy(), x)
+    assert dataset.test is not None and dataset.test.targets.tolist() == list(range(9))
+    assert dataset.class_names[0] == "apple"
+    np.savez(tmp_path / "cifar100.npz", x_train=x[:, :28], y_train=y)
+    with pytest.raises(MissingError, match=r"\(3, 28, 32\)"):
+        Cifar(root=str(tmp_path), name="cifar100").load()
+
+
+def test_a_file_that_is_not_the_official_one_is_named_and_not_unpickled(tmp_path: Path) -> None:
+    cifar_files(tmp_path, "cifar10")
+    with pytest.raises(MissingError, match="data_batch_1: not the official file: its MD5 is"):
+        Cifar(root=str(tmp_path)).load()
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch exploded",)
+
+
+HOSTILE = {
+    "a command": pickle.dumps({b"data": Bomb()}),
+    "a builtin": b"cbuiltins\neval\n(S'1+1'\ntR.",
+    "a function of numpy": b"cnumpy\nload\n(S'x'\ntR.",
+    "an attribute of an allowed name": b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.dumps\x93.",
+    "an array of objects": pickle.dumps({b"data": np.array([[1, "x"]], dtype=object), b"labels": [1]}),
+    "an array of floats": pickle.dumps({b"data": np.zeros((1, 3072)), b"labels": [1]}),
+    "a wrong shape": pickle.dumps({b"data": noise(2, 3), b"labels": [1, 2]}),
+    "too few labels": pickle.dumps({b"data": noise(2, 3072), b"labels": [1]}),
+    "a list": pickle.dumps([1]),
+    "nothing": b"",
+    "noise": bytes(range(256)),
+    "cut off": pickle.dumps({b"data": noise(2, 3072), b"labels": [1, 2]})[:-40],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_and_damaged_pickles_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sums = cifar_files(tmp_path, "cifar10")
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(HOSTILE[name])
+    monkeypatch.setitem(cifar._MD5, "cifar10", sums | {"data_batch_3": hashlib.md5(HOSTILE[name]).hexdigest()})
+    with pytest.raises(MissingError, match="data_batch_3"):
+        Cifar(root=str(tmp_path)).load()
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(("source", "file"), [(Cifar, "cifar-10-batches-py/data_batch_1"), (Mnist, "train-images")])
+def test_missing_data_name_the_command_that_gets_them(source: type, file: str, tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match=file) as caught:
+        source(root=str(tmp_path)).load()
+    assert caught.value.code == 4
+    assert "data.download=true" in str(caught.value)
+
+
+def test_download_is_refused_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDCTL_OFFLINE", "1")
+    for source in (Cifar(root=str(tmp_path), download=True), Mnist(root=str(tmp_path), download=True)):
+        with pytest.raises(MissingError, match="KDCTL_OFFLINE"):
+            source.load()
+
+
+def test_download_happens_only_when_files_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def bring(name: str, root: Path) -> None:
+        asked.append(name)
+        monkeypatch.setitem(cifar._MD5, name, cifar_files(root, name))
+
+    monkeypatch.setattr(official, "download", bring)
+    for _ in range(2):
+        Cifar(root=str(tmp_path), download=True, name="cifar100").load()
+    assert asked == ["cifar100"]
+
+
+def test_a_failed_download_is_an_error_of_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdctl.torchvision_guard import ensure_torchvision
+
+    ensure_torchvision()
+    import torchvision
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no route")
+
+    monkeypatch.delenv("KDCTL_OFFLINE", raising=False)
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fail)
+    with pytest.raises(MissingError, match="downloading fashion_mnist failed: no route"):
+        Mnist(root=str(tmp_path), download=True, name="fashion_mnist").load()
+
+
+# -------------------------------------------------------------------------------------------------------------- mnist
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes((0, 0, 8, array.ndim)) + b"".join(s.to_bytes(4, "big") for s in array.shape) + array.tobytes()
+
+
+def mnist_files(folder: Path, suffix: str = "") -> dict[str, np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = dict(zip(mnist._FILES, (noise(12, 28, 28), noise(12) % 10, noise(5, 28, 28), noise(5) % 10), strict=True))
+    for name, array in arrays.items():
+        content = idx(array)
+        (folder / (name + suffix)).write_bytes(gzip.compress(content) if suffix else content)
+    return arrays
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("folder", [".", "raw", "MNIST/raw"])
+def test_mnist_is_read(suffix: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(mnist._MD5, "mnist", {})
+    arrays = mnist_files(tmp_path / folder, suffix)
+    dataset = Mnist(root=str(tmp_path)).load()
+    assert dataset.test is not None and dataset.image_shape == (1, 28, 28)
+    np.testing.assert_array_equal(dataset.train.fetch(torch.arange(12))[:, 0].numpy(), arrays[mnist._FILES[0]])
+    assert dataset.test.targets.tolist() == arrays[mnist._FILES[3]].tolist()
+
+
+def test_mnist_sums_are_checked(tmp_path: Path) -> None:
+    mnist_files(tmp_path)
+    with pytest.raises(MissingError, match="train-images-idx3-ubyte: not the official file"):
+        Mnist(root=str(tmp_path)).load()
+
+
+GOOD = idx(noise(4, 28, 28))
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "message"),
+    [
+        (b"", "", "not an IDX file"),
+        (GOOD[:9], "", "not an IDX file"),
+        (GOOD[:-1], "", "3135 bytes follow"),
+        (GOOD + b"x", "", "3137 bytes follow"),
+        (b"\0\0\x0d\x03" + GOOD[4:], "", "not an IDX file"),
+        (bytes((0, 0, 8, 3)) + b"\xff" * 12, "", "0 bytes follow"),
+        (GOOD, ".gz", "not a gzip file"),
+        (gzip.compress(GOOD)[:-30], ".gz", "not a gzip file"),
+    ],
+)
+def test_damaged_idx_files_are_refused(
+    content: bytes, suffix: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(mnist._MD5, "mnist", {})
+    mnist_files(tmp_path)
+    (tmp_path / mnist._FILES[0]).unlink()
+    (tmp_path / (mnist._FILES[0] + suffix)).write_bytes(content)
+    with pytest.raises(MissingError, match=message) as caught:
+        Mnist(root=str(tmp_path)).load()
+    assert mnist._FILES[0] + suffix in str(caught.value)
+
+
+def test_images_and_labels_must_be_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(mnist._MD5, "mnist", {})
+    mnist_files(tmp_path)
+    (tmp_path / mnist._FILES[1]).write_bytes(idx(noise(11) % 10))
+    with pytest.raises(MissingError, match="12 images but 11 labels"):
+        Mnist(root=str(tmp_path)).load()
+
+
+# ---------------------------------------------------------------------------------------------------------------- npz
+
+
+def saved(path: Path, **arrays: Any) -> Npz:
+    np.savez(path / "data.npz", **arrays)
+    return Npz(path=str(path / "data.npz"))
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 9), (6, 8, 9, 3), (6, 8, 9, 1)])
+def test_npz_layouts(shape: tuple[int, ...], tmp_path: Path) -> None:
+    x, y = noise(*shape), np.array([0, 1, 2, 3, -100, 1], dtype=np.int16)
+    dataset = saved(tmp_path, x_train=x, y_train=y, x_val=x[:2], y_val=y[:2, None]).load()
+    expected = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(dataset.train.fetch(torch.arange(6)).numpy(), expected)
+    assert dataset.train.targets.tolist() == y.tolist() and dataset.class_names == ["0", "1", "2", "3"]
+    assert dataset.val is not None and len(dataset.val) == 2 and dataset.test is None
+    if x.ndim == 4:
+        dataset = saved(tmp_path, x_train=expected, y_train=y).load()
+        np.testing.assert_array_equal(dataset.train.fetch(torch.arange(6)).numpy(), expected)
+
+
+def test_npz_names_classes(tmp_path: Path) -> None:
+    x, y = noise(2, 4, 4), np.array([0, 1])
+    assert saved(tmp_path, x_train=x, y_train=y, class_names=np.array(["no", "yes"])).load().class_names == [
+        "no",
+        "yes",
+    ]
+    named = Npz(path=str(tmp_path / "data.npz"), class_names=["a", "b", "c"]).load()
+    assert named.class_names == ["a", "b", "c"]
+
+
+X, Y = noise(4, 6, 6, 3), np.array([0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x_train": X}, "needs the arrays x_train and y_train; it has x_train"),
+        ({"images": X}, "it has none"),
+        ({"x_train": X.astype(np.float32), "y_train": Y}, "x_train is float32; images must be uint8"),
+        ({"x_train": X, "y_train": Y.astype(float)}, "y_train is float64"),
+        ({"x_train": X, "y_train": Y[:3]}, "4 images"),
+        ({"x_train": X, "y_train": np.eye(4, dtype=int)}, r"shape \(4, 4\)"),
+        ({"x_train": X[:, 0, 0], "y_train": Y}, "expected"),
+        ({"x_train": X[..., :2], "y_train": Y}, "which axis is the channels.*layout"),
+        ({"x_train": X[:, :3], "y_train": Y}, "which axis is the channels"),
+        ({"x_train": X, "y_train": Y - 1}, "target -1"),
+        ({"x_train": X, "y_train": Y, "x_test": X}, "one of x_test and y_test"),
+        ({"x_train": X, "y_train": Y, "x_test": X[:, :5], "y_test": Y}, "test split have shape"),
+        ({"x_train": X[:0], "y_train": Y[:0], "x_test": X, "y_test": Y}, "train split has no samples"),
+        ({"x_train": X, "y_train": Y, "class_names": np.array(["a"])}, "target 1; allowed: 0..0"),
+        ({"x_train": X, "y_train": np.array([1, "a", None, 2], dtype=object)}, "cannot be read as .npz"),
+    ],
+)
+def test_npz_errors_name_the_file_and_the_array(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        saved(tmp_path, **arrays).load()
+    assert "data.npz" in str(caught.value)
+
+
+def damaged_npz() -> dict[str, bytes]:
+    buffer, single = io.BytesIO(), io.BytesIO()
+    np.savez_compressed(buffer, x_train=X, y_train=Y)
+    np.save(single, X)
+    whole = buffer.getvalue()
+    flipped = bytearray(whole)
+    flipped[120] ^= 0x40
+    bomb = pickle.dumps(Bomb())
+    return {"empty": b"", "text": b"hello", "half": whole[: len(whole) // 2], "bit": bytes(flipped),
+            "npy": single.getvalue(), "pickle": bomb}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", damaged_npz())
+def test_damaged_npz_files_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.npz").write_bytes(damaged_npz()[name])
+    with pytest.raises(ConfigError, match=r"data\.npz"):
+        Npz(path=str(tmp_path / "data.npz")).load()
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_npz_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="there is no file"):
+        Npz(path=str(tmp_path / "data.npz")).load()
+
+
+# ------------------------------------------------------------------------------------------------------- image folder
+
+
+def image_file(path: Path, array: np.ndarray, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for split, count in (("train", 3), ("test", 2)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                image_file(tmp_path / split / name / f"{i}.png", noise(8, 8, 3))
+    return tmp_path
+
+
+def test_folder_is_read(folder: Path) -> None:
+    (folder / "train" / "cat" / "notes.txt").write_text("no image")
+    (folder / "train" / ".hidden").mkdir()
+    dataset = ImageFolder(root=str(folder), size=8).load()
+    assert dataset.class_names == ["cat", "dog"] and dataset.image_shape == (3, 8, 8)
+    assert dataset.train.targets.tolist() == [0, 0, 0, 1, 1, 1] and dataset.val is None
+    assert dataset.test is not None and len(dataset.test) == 4
+    expected = np.asarray(Image.open(folder / "train" / "dog" / "1.png"))
+    np.testing.assert_array_equal(dataset.train.fetch(torch.tensor([4]))[0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_folder_with_val_and_test(folder: Path) -> None:
+    image_file(folder / "val" / "dog" / "x.jpg", noise(9, 9, 3))
+    dataset = ImageFolder(root=str(folder), size=8).load()
+    assert dataset.val is not None and dataset.val.targets.tolist() == [1]
+    for path in (folder / "test").rglob("*.png"):
+        path.unlink()
+    for path in sorted((folder / "test").rglob("*"), reverse=True):
+        path.rmdir()
+    (folder / "test").rmdir()
+    dataset = ImageFolder(root=str(folder), size=8).load()
+    assert dataset.val is None and dataset.test is not None and len(dataset.test) == 1
+
+
+def decoded(path: Path, size: int, channels: int = 3) -> np.ndarray:
+    """What the folder's only training image comes to: (size, size) or (size, size, 3)."""
+    dataset = ImageFolder(root=str(path), size=size, channels=channels).load()  # type: ignore[arg-type]
+    return dataset.train.fetch(torch.tensor([0]))[0].permute(1, 2, 0).squeeze(2).numpy()
+
+
+def test_kinds_of_images(tmp_path: Path) -> None:
+    place = tmp_path / "train" / "a" / "x.png"
+    grey = noise(6, 6)
+    image_file(place, grey)
+    np.testing.assert_array_equal(decoded(tmp_path, 6), np.repeat(grey[..., None], 3, 2))
+    np.testing.assert_array_equal(decoded(tmp_path, 6, channels=1), grey)
+    image_file(place, (grey.astype(np.uint16) * 257))
+    np.testing.assert_array_equal(decoded(tmp_path, 6, channels=1), grey)
+    colour = np.concatenate([noise(6, 6, 3), np.full((6, 6, 1), 255, np.uint8)], 2)
+    colour[:3, :, 3] = 0
+    image_file(place, colour)
+    laid = decoded(tmp_path, 6)
+    np.testing.assert_array_equal(laid[3:], colour[3:, :, :3])
+    assert (laid[:3] == 255).all(), "transparent parts are white"
+    Image.fromarray(grey).convert("P").save(place, transparency=0)
+    assert decoded(tmp_path, 6).shape == (6, 6, 3)
+    Image.fromarray(colour[..., :3]).convert("CMYK").save(place.with_suffix(".tif"))
+    place.unlink()
+    assert decoded(tmp_path, 6).shape == (6, 6, 3)
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    image_file(tmp_path / "train" / "a" / "x.jpg", picture, exif=exif, quality=95)
+    upright = decoded(tmp_path, 16, channels=1)
+    assert upright[:, 9:].mean() > 240 and upright[:, :7].mean() < 15
+
+
+def test_resizing_keeps_the_middle_square(tmp_path: Path) -> None:
+    wide = np.zeros((20, 60), np.uint8)
+    wide[:, 20:40] = 200
+    image_file(tmp_path / "train" / "a" / "x.png", wide)
+    assert (decoded(tmp_path, 10, channels=1)[:, 1:-1] == 200).all()
+    assert (decoded(tmp_path, 40, channels=1)[:, 2:-2] == 200).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_an_unreadable_image_is_named(content: bytes | None, folder: Path) -> None:
+    path = folder / "train" / "dog" / "0.png"
+    path.write_bytes(path.read_bytes()[:100] if content is None else content)
+    with pytest.raises(KdctlError, match="cannot be read as an image") as caught:
+        ImageFolder(root=str(folder), size=8).load()
+    assert str(path) in str(caught.value)
+
+
+def test_folder_errors(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="there is no folder"):
+        ImageFolder(root=str(folder / "nowhere")).load()
+    image_file(folder / "test" / "cats" / "x.png", noise(4, 4, 3))
+    with pytest.raises(ConfigError, match=r"class 'cats' is not in.*did you mean 'cat'"):
+        ImageFolder(root=str(folder)).load()
+    bare = folder / "bare" / "train"
+    bare.mkdir(parents=True)
+    with pytest.raises(MissingError, match="no folder of a class"):
+        ImageFolder(root=str(bare.parent)).load()
+    (bare / "a").mkdir()
+    with pytest.raises(MissingError, match="has no image"):
+        ImageFolder(root=str(bare.parent)).load()
+
+
+def test_folder_fingerprint_follows_the_files(folder: Path) -> None:
+    def fingerprint() -> str:
+        return ImageFolder(root=str(folder), size=8).load().train.fingerprint()
+
+    before = fingerprint()
+    assert before == fingerprint()
+    path = folder / "train" / "dog" / "0.png"
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+    assert fingerprint() != before
+
+
+# ---------------------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("KDCTL_CIFAR" not in os.environ, reason="KDCTL_CIFAR names no folder with cifar-10-batches-py")
+def test_real_cifar10() -> None:
+    dataset = Cifar(root=os.environ["KDCTL_CIFAR"]).load()
+    assert dataset.test is not None
+    assert torch.bincount(dataset.train.targets).tolist() == [5000] * 10
+    assert torch.bincount(dataset.test.targets).tolist() == [1000] * 10
+    assert dataset.mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=5e-5)
+    assert dataset.std == pytest.approx([0.2470, 0.2435, 0.2616], abs=5e-5)
