@@ -214,7 +214,7 @@ def build_stage(
 
     layout = torch.channels_last if settings.layout == "channels_last" else torch.contiguous_format
     for model in (student, *teachers):
-        model.to(device, memory_format=layout)
+        model.to(device=device).to(memory_format=layout)  # type: ignore[call-overload]
     for term in terms:
         term.to(device)
     method: Method = registry.create(

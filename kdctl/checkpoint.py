@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from kdctl.errors import MissingError, Problem
-from kdctl.optim.ema import EMA
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -59,6 +58,6 @@ def student_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     if name == "best":
         return saved["student"]
     if saved["ema"]:
-        return EMA.averaged(saved["ema"])
+        return saved["ema"]["average"]
     prefix = "student."
     return {k.removeprefix(prefix): v for k, v in saved["trained"].items() if k.startswith(prefix)}

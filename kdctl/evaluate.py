@@ -18,7 +18,7 @@ from kdctl.config.schema import Experiment
 from kdctl.data.base import Split
 from kdctl.data.loader import clean_batches
 from kdctl.data.prepare import Data
-from kdctl.errors import MissingError
+from kdctl.errors import MissingError, Problem
 from kdctl.models.record import Model, load_model
 from kdctl.runs import Run
 from kdctl.tasks.base import Task
@@ -131,7 +131,13 @@ def validate(model: Model, split: Split, task: Task, device: torch.device, batch
 
 
 def evaluate_run(
-    run: Run, experiment: Experiment, *, split: str = "test", checkpoint: str = "best", data: Data | None = None
+    run: Run,
+    experiment: Experiment,
+    *,
+    split: str = "test",
+    checkpoint: str = "best",
+    data: Data | None = None,
+    with_teacher: bool = True,
 ) -> dict[str, Any]:
     """Measures a run's student and its teacher on the same samples, both loaded from disk, in fp32 on the CPU.
 
@@ -145,7 +151,7 @@ def evaluate_run(
     student = load_student(run, experiment, checkpoint)
     predictions = predict(TorchPredictor(student), samples, size)
     document = describe(predictions, task, data) | {"split": split, "checkpoint": checkpoint}
-    teacher, notes = predict_teacher(run, experiment, data, samples)
+    teacher, notes = predict_teacher(run, experiment, data, samples) if with_teacher else (None, [])
     document["teacher"] = None if teacher is None else metrics(teacher, task)
     document["agreement"] = None if teacher is None else float(task.agreement(predictions.logits, teacher.logits))
     document["notes"] = notes
@@ -156,6 +162,20 @@ def evaluate_run(
             teacher.save(run / "eval" / f"{split}.teacher.npz")
         runs.write_json(run / "eval" / f"{split}.json", document)
     return document
+
+
+def evaluate_config(experiment: Experiment, split: str = "test") -> dict[str, Any]:
+    """Measures the student that a file names with its weights, without a run: nothing is trained or written.
+
+    Raises MissingError where the student has no weights.
+    """
+    if experiment.student.weights is None:
+        hint = "name student.weights, or train the file first and evaluate the run"
+        raise MissingError(Problem("the student has no weights to measure", key="student.weights", hint=hint))
+    data, task = build.build_data(experiment), build.build_task(experiment)
+    student = build.build_model(experiment.student, data, "student")
+    predictions = predict(TorchPredictor(student), choose_split(data, split), experiment.data.eval_batch_size)
+    return describe(predictions, task, data) | {"split": split, "teacher": None, "agreement": None, "notes": []}
 
 
 def describe(predictions: Predictions, task: Task, data: Data) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from kdctl.pipeline import run_stages
 from kdctl.runs import Run
 
 
-
 @dataclass(frozen=True)
 class Plan:
     """What `kdctl train` was asked for."""

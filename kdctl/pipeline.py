@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from kdctl import artefacts, build, checkpoint, runs
+from kdctl.bench import cost
 from kdctl.build import Built
-from kdctl.config.schema import Experiment, TrainStage
+from kdctl.config.schema import Experiment, OutputStage, TrainStage
 from kdctl.data.prepare import Data
 from kdctl.device import apply_threads
 from kdctl.errors import Interrupted
-from kdctl.bench import cost
 from kdctl.evaluate import evaluate_run, validate
 from kdctl.fit import Progress, Reporter, StopSignal, fit
 from kdctl.models.record import Model, load_model, save_model
@@ -106,8 +106,8 @@ def _describe(stage: TrainStage, built: Built) -> str:
     labelled = int((built.data.train.targets >= 0).sum())
     return (
         f"stage {stage.name}: {student.record.kind} ({size:,} parameters){taught}; {terms}; "
-        f"{len(built.data.train):,} samples, {labelled:,} labelled; {stage.epochs} epochs of {len(built.loader)} steps; "
-        f"{built.device}, {built.precision}, {torch.get_num_threads()} threads"
+        f"{len(built.data.train):,} samples, {labelled:,} labelled; {stage.epochs} epochs of {len(built.loader)} "
+        f"steps; {built.device}, {built.precision}, {torch.get_num_threads()} threads"
     )
 
 
@@ -145,7 +145,7 @@ def summarize(run: Run, experiment: Experiment, data: Data) -> dict[str, Any]:
     if data.test is None and data.val is None:
         split, notes = "train", ["there is neither a test nor a validation split: the training split is measured"]
     best = evaluate_run(run, experiment, split=split, data=data)
-    last = evaluate_run(run, experiment, split=split, checkpoint="last", data=data)
+    last = evaluate_run(run, experiment, split=split, checkpoint="last", data=data, with_teacher=False)
     stage = [s for s in experiment.train_stages if s.role == "student"][-1]
     result = runs.read_json(run.stage_dir(stage.name) / "result.json")
     lines = [line for line in run.metrics() if line["stage"] == stage.name]

@@ -13,14 +13,15 @@ from kdctl.fit import Reporter
 class TextReporter(Reporter):
     """Says what happens, in lines that fit logs; on a terminal a bar shows the steps of the running epoch."""
 
-    def __init__(self, verbose: bool = False) -> None:
-        self.live = sys.stderr.isatty()
-        self.verbose = verbose
+    def __init__(self, quiet: bool = False) -> None:
+        self.live = sys.stderr.isatty() and not quiet
+        self.quiet = quiet
         self._bar: tqdm[Any] | None = None
 
     def say(self, text: str) -> None:
         self._close()
-        print(text, file=sys.stderr, flush=True)
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
 
     def step(self, stage: str, epoch: int, epochs: int, step: int, steps: int) -> None:
         if not self.live:
@@ -32,6 +33,8 @@ class TextReporter(Reporter):
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         self._close()
+        if self.quiet:
+            return
         terms = " ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
         val = " ".join(f"{name} {value:.2f}" for name, value in line["val"].items() if name in ("top1", "nll"))
         mark = " *" if line["best"] else ""

@@ -165,10 +165,7 @@ def _withheld(train: Split, whole: Split, labels: Labels, seed: int) -> Split:
         largest = int(counts.max()) if len(counts) else 0
         message = f"got {labels}, but the largest class has {largest} training samples"
         raise ConfigError(Problem(message, key="data.labels_per_class", hint="`all` keeps every label"))
-    present = torch.zeros(len(whole), dtype=torch.bool)
-    present[train.index] = True
-    order = stratified(whole.targets, seed)
-    order = order[present[order]]
+    order = stratified(whole.targets, seed)  # of which a limit takes the beginning: it holds the first of each class
     kept = torch.zeros(len(whole), dtype=torch.bool)
     for target in range(len(counts)):
         kept[order[whole.targets[order] == target][:labels]] = True

@@ -44,6 +44,10 @@ class Task:
         """Name -> function of (logits, targets), in the order to print them."""
         raise NotImplementedError
 
+    def per_class(self, logits: ArrayLike, targets: ArrayLike) -> list[dict[str, Any]]:
+        """Of each class, in order: how many samples have it, and its metrics."""
+        raise NotImplementedError
+
     def agreement(self, logits_a: ArrayLike, logits_b: ArrayLike) -> float:
         """Percent of samples on which two models decide alike."""
         raise NotImplementedError

@@ -166,6 +166,16 @@ def test_the_sum_of_a_block_is_its_output_before_the_relu() -> None:
     assert torch.equal(kept["before"].relu(), kept["after"])
 
 
+def test_where_a_wide_resnet_widens_the_shortcut_starts_after_the_activation() -> None:
+    block = build("wrn_16_2").eval().net.layer2[0]
+    seen: list[Tensor] = []
+    block.shortcut.register_forward_pre_hook(lambda m, i: seen.append(i[0].clone()))
+    x = torch.randn(2, 32, 8, 8)
+    block(x)
+    assert torch.equal(seen[0], block.bn1(x).relu())
+    assert not torch.equal(seen[0], x)
+
+
 def test_a_padded_shortcut_keeps_every_second_pixel_in_the_middle_channels() -> None:
     shortcut = build("resnet8", shortcut="pad").net.layer2[0].downsample
     x = torch.rand(1, 16, 8, 8)
