@@ -1,4 +1,4 @@
-"""Artefacts: what compress and export leave in a run. Made aside, re-loaded from disk, measured, gated, then renamed."""
+"""Artefacts: what compress and export leave in a run. Made aside, re-loaded from disk, measured, gated, renamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kdctl import __version__, build, evaluate, registry, runs
+from kdctl import build, evaluate, registry, runs
 from kdctl.bench import cost, notes
 from kdctl.bench.latency import Cell, Row, measure
 from kdctl.compress.base import Compressor
@@ -115,7 +115,7 @@ def _converter(stage: OutputStage) -> Compressor | Exporter:
 
 
 def _convert(converter: Compressor | Exporter, student: Model, data: Data, out: Path) -> None:
-    metadata = record_metadata(student.record.to_dict()) | {"kdctl": __version__}
+    metadata = record_metadata(student.record.to_dict())
     shape = _image_shape(student)
     if isinstance(converter, Compressor):
         converter.convert(student, _calibration_images(data), shape, out, metadata)

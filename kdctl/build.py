@@ -59,7 +59,7 @@ def build_data(experiment: Experiment) -> Data:
 
 
 def seed_everything(seed: int, *names: str) -> None:
-    """Seeds torch from the run's seed and what is about to be drawn, so that one stage's draws never shift another's."""
+    """Seeds torch from the run's seed and what is drawn next, so that one part's draws never shift another's."""
     digest = hashlib.sha256("/".join([str(seed), *names]).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -252,7 +252,10 @@ def _first_batch(loader: TrainLoader, data: Data) -> Batch:
     for batch in loader.epoch(0):
         rows = torch.nonzero(batch.targets != IGNORE).flatten()
         order = torch.cat([rows, torch.nonzero(batch.targets == IGNORE).flatten()])[:_DRY_RUN_SAMPLES].cpu()
-        return Batch(batch.inputs[order].cpu(), batch.targets[order].cpu(), batch.index[order].cpu(), batch.view[order].cpu())
+        inputs, targets, index, view = (
+            part[order].cpu() for part in (batch.inputs, batch.targets, batch.index, batch.view)
+        )
+        return Batch(inputs, targets, index, view)
     raise ConfigError(Problem("there is no training sample", key="data"))
 
 

@@ -34,7 +34,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise MissingError(Problem("there is no such checkpoint", file=str(path))) from None
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise MissingError(Problem(f"the checkpoint is damaged: {error}", file=str(path))) from None
 
 

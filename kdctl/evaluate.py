@@ -108,7 +108,9 @@ def metrics(predictions: Predictions, task: Task) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def validate(model: Model, split: Split, task: Task, device: torch.device, batch_size: int, precision: str) -> dict[str, float]:
+def validate(
+    model: Model, split: Split, task: Task, device: torch.device, batch_size: int, precision: str
+) -> dict[str, float]:
     """Metrics of a model in training, in its own precision, leaving its modes as they were."""
     was_training = {name: module.training for name, module in model.named_modules()}
     model.eval()

@@ -67,9 +67,7 @@ def resume(run: Run, reporter: Reporter) -> dict[str, Any]:
     return run_stages(run, load_experiment(run.config).experiment, reporter)
 
 
-def _create_run(
-    experiment: Experiment, source: str, role: Any, group: str | None, run_dir: Path | None = None
-) -> Run:
+def _create_run(experiment: Experiment, source: str, role: Any, group: str | None, run_dir: Path | None = None) -> Run:
     config, code = _with_local_code(dump_yaml(experiment))
     stages = [s.name for s in experiment.stages]
     return runs.create(
@@ -202,7 +200,8 @@ def summarize_group(members: list[dict[str, Any]], group: Path, experiment: Expe
         summary |= {"baseline": stats.interval(controls).as_dict(), "gain": gain.as_dict()}
         verdict = stats.verdict(gain)
         baseline_document = {"run": seeds[0]["baseline"]["run"], "test": seeds[0]["baseline"]["test"]}
-    return lead | {"baseline": baseline_document, "group": str(group), "seeds": seeds, "summary": summary, "verdict": verdict}
+    whole = {"group": str(group), "seeds": seeds, "summary": summary, "verdict": verdict}
+    return lead | {"baseline": baseline_document} | whole
 
 
 def _measured(run: Run, who: str) -> dict[str, Any]:

@@ -23,15 +23,17 @@ from kdctl.runs import Run
 _TEACHER_CHECK_SAMPLES = 2000
 
 
-def run_stages(run: Run, experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
+def run_stages(run: Run, experiment: Experiment, reporter: Reporter, data: Data | None = None) -> dict[str, Any]:
     """Runs every stage that is not done yet and returns the run's summary, which is also summary.json.
 
+    data: the experiment's own when left out.
     Raises what a stage raises; the run's status then says `interrupted` or `failed`, and resume takes it up again.
     """
     with run.locked(), StopSignal() as stop:
         run.update(status="running")
         try:
-            result = _run_stages(run, experiment, reporter, stop)
+            apply_threads(experiment.train)
+            result = _run_stages(run, experiment, reporter, stop, data or build.build_data(experiment))
         except (Interrupted, KeyboardInterrupt):
             run.update(status="interrupted")
             raise
@@ -42,9 +44,7 @@ def run_stages(run: Run, experiment: Experiment, reporter: Reporter) -> dict[str
         return result
 
 
-def _run_stages(run: Run, experiment: Experiment, reporter: Reporter, stop: StopSignal) -> dict[str, Any]:
-    apply_threads(experiment.train)
-    data = build.build_data(experiment)
+def _run_stages(run: Run, experiment: Experiment, reporter: Reporter, stop: StopSignal, data: Data) -> dict[str, Any]:
     for stage in experiment.train_stages:
         if run.info["stages"].get(stage.name) != "done":
             _run_train_stage(run, experiment, stage, data, reporter, stop)

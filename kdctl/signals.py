@@ -55,9 +55,7 @@ class Batch:
             return value[rows]
 
         keep = None if self.keep is None else self.keep[rows]
-        return Batch(
-            cut(self.inputs), self.targets[rows], self.index[rows], self.view[rows], keep, cut(self.extra)
-        )
+        return Batch(cut(self.inputs), self.targets[rows], self.index[rows], self.view[rows], keep, cut(self.extra))
 
 
 @dataclass

@@ -78,7 +78,9 @@ def main() -> None:
     print(f"\nseed {first['seed']}, test split, batch 1, one thread")
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     for cells in rows:
-        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))))
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded[0] = cells[0].ljust(widths[0])
+        print("  ".join(padded))
     same = small["same_runtime"]
     print(f"\nint8 against fp32 in the same runtime: {int8['bytes']:,} against {same['bytes']:,} bytes, ", end="")
     print(f"{int8['latency']:.3f} against {same['latency_ms']['1']:.3f} ms")

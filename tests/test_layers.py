@@ -37,7 +37,7 @@ ORDER = [
     ["compress"],
     ["artefacts"],
     ["pipeline"],
-    ["experiment"],
+    ["experiment", "smoke"],
     ["search"],
     ["cli"],
     ["__main__"],

@@ -18,7 +18,13 @@ def explain_size(before: int, after: int, *, weight_bytes: int, weights: int) ->
     if ratio <= SMALL_SHARE:
         return []
     description = after - weight_bytes
-    verdict = "not smaller than fp32" if ratio >= 1 else "hardly smaller than fp32" if ratio > 0.9 else "less small"
+    verdict = (
+        "not smaller than fp32"
+        if ratio >= 1
+        else "hardly smaller than fp32"
+        if ratio > 0.9
+        else "less saved than int8 could"
+    )
     start = f"{verdict}: {ratio:.2f}x the bytes ({after:,} for {before:,})"
     if description > weights:
         reason = f"the description of the graph takes {description:,} bytes, more than the {weights:,} int8 weights"
@@ -53,7 +59,7 @@ def explain_speed(
     each = 1000 * after_ms / max(1, operators)
     if each <= OVERHEAD_US:
         reasons.append(
-            f"{operators} operators at {each:.1f} us each for {macs / 1e6:.2f} M multiply-accumulates: "
+            f"{operators} operators at {each:.1f} us each for {macs:,} multiply-accumulates: "
             "the cost of calling operators outweighs their arithmetic"
         )
     if (count := sum(float_operators.values())) * 5 >= operators:

@@ -24,7 +24,7 @@ def compress(
     """Make a run's student smaller and faster, and prove what it costs."""
     found = runs.find(run)
     if not (found / "student.safetensors").is_file():
-        raise MissingError(f"{found} has no finished student yet", hint=f"`kdctl resume {found}` continues its training")
+        raise MissingError(f"{found} has no finished student yet", hint=f"`kdctl resume {found}` continues it")
     if (quantize is None) == (recipe is None):
         raise UsageError("name one of --quantize and --recipe", hint="kdctl compress --quantize int8")
     from kdctl.config import recipe as recipes

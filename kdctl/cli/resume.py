@@ -10,9 +10,7 @@ from kdctl.cli.train import show
 from kdctl.cli.verb import Argument, Options, Reply
 
 
-def resume(
-    options: Options, run: Annotated[str, Argument(help="a run directory, or latest")] = "latest"
-) -> Reply:
+def resume(options: Options, run: Annotated[str, Argument(help="a run directory, or latest")] = "latest") -> Reply:
     """Continue an unfinished run exactly where it stopped."""
     found = runs.find(run)
     console.say("loading torch ...")

@@ -23,14 +23,16 @@ def train(
         raise UsageError("--run-dir names one run, and a group has several", hint="leave --run-dir out")
     from kdctl.config.expand import load_experiment
 
-    loaded = load_experiment(Path(config), options.overrides)
+    loaded = load_experiment(Path(config), options.overrides, require_files=not smoke)
     console.say("loading torch ...")
     from kdctl import experiment
     from kdctl.cli.progress import TextReporter
 
     reporter = TextReporter(options.quiet)
     if smoke:
-        return Reply(experiment.smoke(loaded.experiment, reporter), show)
+        from kdctl.smoke import smoke as run_smoke
+
+        return Reply(run_smoke(loaded.experiment, reporter), show)
     source = Path(config).read_text(encoding="utf-8")
     plan = experiment.Plan(loaded.experiment, source, seeds, with_baseline, Path(run_dir) if run_dir else None)
     return Reply(experiment.train(plan, reporter), show)
@@ -40,8 +42,7 @@ def show(document: dict[str, Any]) -> None:
     """The result for people: student, teacher, control, and the verdict of a group."""
     if document["status"] == "smoke":
         console.out(f"smoke test passed: {', '.join(document['stages'])}")
-        return
-    if "seeds" in document:
+    elif "seeds" in document:
         _show_group(document)
     else:
         _show_run(document)
@@ -53,12 +54,14 @@ def _show_run(document: dict[str, Any]) -> None:
     student, teacher = document["student"], document["teacher"]
     split = next(k for k in student["last"])
     names = [n for n in ("top1", "top5", "nll", "ece") if n in student["last"][split]]
-    rows = [["student, best" if student["kept"] == "best" else "student, shipped", *_row(student["best"][split], names)]]
+    shipped = "student, best" if student["kept"] == "best" else "student, shipped"
+    rows = [[shipped, *_row(student["best"][split], names)]]
     rows.append(["student, last epoch", *_row(student["last"][split], names)])
     if teacher:
         rows.append([f"teacher {teacher['kind']}", *_row(teacher[split], names)])
     console.print_table([split, *names], rows)
-    console.out(f"student {student['kind']}: {student['parameters']:,} parameters, best epoch {student['best']['epoch']}")
+    epoch = student["best"]["epoch"]
+    console.out(f"student {student['kind']}: {student['parameters']:,} parameters, best epoch {epoch}")
     if document["agreement"] is not None:
         console.out(f"agreement with the teacher {document['agreement']:.2f} %")
     console.out(f"run {document['run']}")

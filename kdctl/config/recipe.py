@@ -1,4 +1,4 @@
-"""Further stages for a run that is there: from a recipe file's `compress:` list, or from options of the command line."""
+"""Further stages for a run that is there: from a recipe file's `compress:` list, or from command-line options."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from kdctl.errors import ConfigError, MissingError, Problem, did_you_mean
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 60
-MAX_VALUES = 20_000
+MAX_VALUES = 10_000
 MAX_DIGITS = 20
 
 KeyPath = tuple[str | int, ...]

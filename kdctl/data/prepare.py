@@ -89,7 +89,11 @@ def prepare(spec: DataSpec, base: Path | None = None) -> Data:
     A source's own validation split is used as it is; otherwise `val_fraction` of the labelled training samples is
     held out, each class in proportion. base: where a user's own file is looked for.
     """
-    dataset = _load(spec.kind, spec.arguments, base, "data")
+    return split_dataset(_load(spec.kind, spec.arguments, base, "data"), spec, base)
+
+
+def split_dataset(dataset: Dataset, spec: DataSpec, base: Path | None = None) -> Data:
+    """The splits of a loaded data set, as `spec` asks for them."""
     train, val = dataset.train, dataset.val
     if val is None and spec.val_fraction > 0:
         train, val = _carved(train, spec.val_fraction, spec.split_seed)

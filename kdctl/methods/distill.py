@@ -21,7 +21,13 @@ class Distill(Method):
     """
 
     def __init__(
-        self, *, student: Model, teacher: LiveTeacher | None, terms: Sequence[Term], task: Task, frozen: Sequence[str] = ()
+        self,
+        *,
+        student: Model,
+        teacher: LiveTeacher | None,
+        terms: Sequence[Term],
+        task: Task,
+        frozen: Sequence[str] = (),
     ) -> None:
         self.student = student
         self.task = task

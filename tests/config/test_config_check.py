@@ -213,6 +213,24 @@ def test_all_problems_at_once_in_the_order_of_the_file(problems):
     assert found[-1].file == "override 1"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "losses: [{kind: at, taps: [{student: a}]}]",
+        "losses: [{kind: ce, weight: {0: a}}]",
+        "teacher: {kind: digits_cnn, train: {epochs: a}}",
+        "teacher: [{kind: digits_cnn, train: {epochs: a}}]",
+        "data: {kind: digits, views: 0}",
+        "data: {kind: digits, labels_per_class: some}",
+        "losses: [{kind: klx}]",
+        "optimizer: {kind: adamw, betas: [0.9]}",
+    ],
+)
+def test_one_mistake_is_one_problem(problems, text):
+    base = [line for line in BASE.splitlines() if line.split(":")[0] != text.split(":")[0]]
+    assert len(problems("\n".join([*base, text]) + "\n")) == 1
+
+
 def test_missing_sections_are_named(problems):
     assert {p.key for p in problems("name: x\n")} == {"data", "student"}
 

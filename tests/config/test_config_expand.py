@@ -196,6 +196,23 @@ def test_overrides_of_a_resolved_experiment(load, write):
     )
 
 
+def test_every_component_is_completed(load, write):
+    write("x", "more.npz")
+    text = """\
+data: {kind: digits, augment: [{kind: horizontal_flip}], transfer: [{kind: npz, path: more.npz}]}
+student: {kind: digits_cnn}
+stages: [{data: {augment: [{kind: random_crop}], batch_size: 8}}]
+"""
+    experiment = load(text).experiment
+    stage = experiment.train_stages[0]
+    assert experiment.data.augment[0].arguments["p"] == 0.5
+    assert (
+        stage.data.augment is not None and "padding" in stage.data.augment[0].arguments and stage.data.batch_size == 8
+    )
+    assert len(experiment.data.transfer[0].arguments) > 1 and experiment.student.arguments["width"]
+    assert experiment.data.transfer[0].arguments["path"].startswith("/")
+
+
 @pytest.mark.parametrize(
     ("file", "name"),
     [("my run (2).yaml", "my-run-2"), ("..yaml", "experiment"), ("ü.yaml", "experiment"), ("a.b.yaml", "a.b")],

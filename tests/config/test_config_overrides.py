@@ -104,6 +104,11 @@ def test_an_override_sets_one_value(write, override, path, value):
     assert got == value and str(document.origins[path]) == "override 1" and document.origins[path].layer == "override"
 
 
+def test_an_alias_finds_the_name_that_it_stands_for(write):
+    document = load_document(write("losses: [{kind: supervised}, {kind: kd}]\n"), ["losses.ce.weight=2"])
+    assert document.data["losses"][0]["weight"] == 2
+
+
 def test_later_overrides_win_and_reach_into_earlier_ones(write):
     document = load_document(write("a: 1\n"), ["a={b: 1}", "a.b=2", "l=[{kind: x}]", "l.x.y=3"])
     assert document.data == {"a": {"b": 2}, "l": [{"kind": "x", "y": 3}]}

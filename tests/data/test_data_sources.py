@@ -220,14 +220,16 @@ HOSTILE = {
     "a builtin": b"cbuiltins\neval\n(S'1+1'\ntR.",
     "a function of numpy": b"cnumpy\nload\n(S'x'\ntR.",
     "an attribute of an allowed name": b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.dumps\x93.",
-    "an array of objects": pickle.dumps({b"data": np.array([[1, "x"]], dtype=object), b"labels": [1]}),
-    "an array of floats": pickle.dumps({b"data": np.zeros((1, 3072)), b"labels": [1]}),
-    "a wrong shape": pickle.dumps({b"data": noise(2, 3), b"labels": [1, 2]}),
-    "too few labels": pickle.dumps({b"data": noise(2, 3072), b"labels": [1]}),
+    "an array of objects": python3_pickle({b"data": np.array([[1, "x"]], dtype=object), b"labels": [1]}),
+    "an array of floats": python3_pickle({b"data": np.zeros((1, 3072)), b"labels": [1]}),
+    "an array of signed bytes": python3_pickle({b"data": np.zeros((1, 3072), np.int8), b"labels": [1]}),
+    "another order": python3_pickle({b"data": np.asfortranarray(noise(2, 3072)), b"labels": [1, 2]}),
+    "a wrong shape": python3_pickle({b"data": noise(2, 3), b"labels": [1, 2]}),
+    "too few labels": python3_pickle({b"data": noise(2, 3072), b"labels": [1]}),
     "a list": pickle.dumps([1]),
     "nothing": b"",
     "noise": bytes(range(256)),
-    "cut off": pickle.dumps({b"data": noise(2, 3072), b"labels": [1, 2]})[:-40],
+    "cut off": python3_pickle({b"data": noise(2, 3072), b"labels": [1, 2]})[:-40],
 }
 
 

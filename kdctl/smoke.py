@@ -1,0 +1,110 @@
+"""`kdctl train --smoke`: two steps of each stage on a slice of the data, or on synthetic images of the same shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdctl import build, runs
+from kdctl.config.expand import dump_yaml
+from kdctl.config.schema import DataSpec, Experiment, ModelSpec, TrainStage
+from kdctl.data.base import ArraySplit, Dataset, Split
+from kdctl.data.prepare import Data, split_dataset, stratified
+from kdctl.device import settle
+from kdctl.errors import MissingError
+from kdctl.fit import Reporter
+from kdctl.pipeline import run_stages
+
+STEPS = 2
+_MEASURED = 64
+_STAND_INS = {
+    "cifar10": ((3, 32, 32), 10),
+    "cifar100": ((3, 32, 32), 100),
+    "mnist": ((1, 28, 28), 10),
+    "fashion_mnist": ((1, 28, 28), 10),
+}
+"""Image shape and number of classes of data that have to be fetched first."""
+
+
+def smoke(experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
+    """Runs every stage for two steps in a temporary directory and returns which stages ran.
+
+    Weights that are not at hand are replaced by fresh ones, data by synthetic images; the document says so.
+    """
+    notes: list[str] = []
+    data = _data(experiment, notes)
+    stages = [_shortened(s, notes) if isinstance(s, TrainStage) else s for s in experiment.stages]
+    short = experiment.model_copy(
+        update={"stages": stages, "student": _at_hand(experiment.student, notes), "train": settle(experiment.train)}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        config = dump_yaml(short)
+        names = [s.name for s in short.stages]
+        run = runs.create(short.name, config, config, stages=names, seed=0, root=Path(folder))
+        run_stages(run, short, reporter, data)
+    return {"status": "smoke", "stages": names, "notes": notes}
+
+
+def _shortened(stage: TrainStage, notes: list[str]) -> TrainStage:
+    """One epoch (of the sliced data), with at most one label a class where labels are few."""
+    labels = None if stage.data.labels_per_class in (None, "all") else 1
+    changed = stage.data.model_copy(update={"limit": None, "labels_per_class": labels or stage.data.labels_per_class})
+    teachers = [_at_hand(t, notes).model_copy(update={"control": True}) for t in stage.teachers]
+    update: dict[str, Any] = {"epochs": 1, "data": changed, "student": stage.student and _at_hand(stage.student, notes)}
+    if teachers:
+        update["teacher"] = teachers if isinstance(stage.teacher, list) else teachers[0]
+    return stage.model_copy(update=update)
+
+
+def _at_hand(spec: Any, notes: list[str]) -> Any:
+    """The model without weights that are not there."""
+    assert isinstance(spec, ModelSpec)
+    if spec.weights is None or (spec.weights != "pretrained" and Path(spec.weights).exists()):
+        return spec
+    note = f"{spec.kind}: fresh weights stand in for {spec.weights}"
+    if note not in notes:
+        notes.append(note)
+    return spec.model_copy(update={"weights": None})
+
+
+def _data(experiment: Experiment, notes: list[str]) -> Data:
+    """Two batches to train on and a few samples to measure."""
+    spec = experiment.data
+    sizes = [s.data.batch_size or spec.batch_size for s in experiment.train_stages]
+    count = STEPS * max(sizes, default=spec.batch_size)
+    try:
+        data = build.build_data(experiment)
+    except MissingError as error:
+        notes.append(f"synthetic images stand in for the data: {error}")
+        data = split_dataset(_synthetic(spec, count), spec)
+    train = _first(data.whole, count)
+    labels = data.labels_per_class if data.labels_per_class == "all" else 1
+    return dataclasses.replace(
+        data, train=train, whole=train, val=_first(data.val, _MEASURED), test=_first(data.test, _MEASURED),
+        limit=None, labels_per_class=labels,
+    )  # fmt: skip
+
+
+def _first(split: Split | None, count: int) -> Any:
+    """The first samples of a split, each class in proportion."""
+    if split is None:
+        return None
+    part = split.subset(stratified(split.targets, 0)[:count])
+    return part.labelled(part.targets, torch.arange(len(part)))
+
+
+def _synthetic(spec: DataSpec, count: int) -> Dataset:
+    size = int(spec.arguments.get("size", 32))
+    shape, classes = _STAND_INS.get(spec.kind, ((3, size, size), 10))
+    generator = torch.Generator().manual_seed(0)
+
+    def split(samples: int) -> ArraySplit:
+        images = torch.randint(0, 256, (samples, *shape), dtype=torch.uint8, generator=generator)
+        return ArraySplit(images, torch.arange(samples) % classes)
+
+    names = [str(number) for number in range(classes)]
+    return Dataset(split(max(2 * count, 20 * classes)), test=split(max(_MEASURED, classes)), class_names=names)
