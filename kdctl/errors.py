@@ -89,6 +89,8 @@ class Interrupted(KdctlError):
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.code = 128 + signal_number  # type: ignore[misc]
+        self.run: str | None = None
+        """The run that was saved."""
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str | None:

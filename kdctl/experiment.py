@@ -61,10 +61,15 @@ def resume(run: Run, reporter: Reporter) -> dict[str, Any]:
     info = run.info
     if info["group"] is not None and Path(info["group"]).exists():
         group = Path(info["group"])
-        return _run_group(group, load_experiment(group.with_suffix(".yaml")).experiment, reporter)
+        return _run_group(group, load_experiment(group.with_suffix(".yaml"), require_files=False).experiment, reporter)
     if info["status"] == "done":
         raise KdctlError(f"{run} is done: there is nothing to resume", hint="`kdctl train` starts a new run")
-    return run_stages(run, load_experiment(run.config).experiment, reporter)
+    return run_stages(run, load_run(run), reporter)
+
+
+def load_run(run: Run) -> Experiment:
+    """The experiment of a run, whether or not the files it names are still where they were."""
+    return load_experiment(run.config, require_files=False).experiment
 
 
 def _create_run(experiment: Experiment, source: str, role: Any, group: str | None, run_dir: Path | None = None) -> Run:
@@ -168,7 +173,7 @@ def _run_group(group: Path, experiment: Experiment, reporter: Reporter) -> dict[
             first = run
         if run.info["status"] != "done":
             reporter.say(f"{member['role']} run {run}, seed {member['seed']}")
-            run_stages(run, load_experiment(run.config).experiment, reporter)
+            run_stages(run, load_run(run), reporter)
     result = summarize_group(document["members"], group, experiment)
     document["result"] = result
     runs.write_json(group, document)

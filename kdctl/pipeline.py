@@ -34,8 +34,10 @@ def run_stages(run: Run, experiment: Experiment, reporter: Reporter, data: Data 
         try:
             apply_threads(experiment.train)
             result = _run_stages(run, experiment, reporter, stop, data or build.build_data(experiment))
-        except (Interrupted, KeyboardInterrupt):
+        except (Interrupted, KeyboardInterrupt) as stopped:
             run.update(status="interrupted")
+            if isinstance(stopped, Interrupted):
+                stopped.run = str(run)
             raise
         except BaseException:
             run.update(status="failed")

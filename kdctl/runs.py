@@ -251,9 +251,12 @@ def is_run(path: Path) -> bool:
 
 
 def all_runs(root: Path = ROOT) -> list[Run]:
-    """Every run under `root`, oldest first."""
-    runs = [Run(p.parent) for p in root.glob("*/*/run.json") if is_run(p.parent)]
-    return sorted(runs, key=lambda run: (run.info["created"], str(run.path)))
+    """Every run under `root` whose run.json can be read, oldest first."""
+    created = []
+    for path in root.glob("*/*/run.json"):
+        with contextlib.suppress(MissingError, KeyError, TypeError):
+            created.append((str(Run(path.parent).info["created"]), path.parent))
+    return [Run(path) for _, path in sorted(created)]
 
 
 def find(text: str | None = None, root: Path = ROOT) -> Run:

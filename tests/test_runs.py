@@ -102,3 +102,9 @@ def test_a_damaged_json_names_its_file(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"a": ')
     with pytest.raises(MissingError, match=r"run\.json"):
         runs.read_json(tmp_path / "run.json")
+
+
+def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    (make(tmp_path) / "run.json").write_text("{")
+    assert [r.path for r in runs.all_runs(tmp_path)] == [run.path]

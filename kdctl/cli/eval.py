@@ -31,7 +31,7 @@ def eval_(
         document = evaluate_config(experiment, split) | {"run": None, "config": what}
     elif (path / "manifest.json").is_file():
         run = runs.Run(path.parent.parent)
-        experiment = load_experiment(run.config, options.overrides).experiment
+        experiment = load_experiment(run.config, options.overrides, require_files=False).experiment
         from kdctl.artefacts import evaluate_artefact
 
         document = evaluate_artefact(run, experiment, path, split) | {"run": str(run), "artefact": what}
@@ -45,7 +45,7 @@ def eval_(
 def _run(run: runs.Run, options: ExperimentOptions, split: str, checkpoint: str) -> dict[str, Any]:
     from kdctl.config.expand import load_experiment
 
-    experiment = load_experiment(run.config, options.overrides).experiment
+    experiment = load_experiment(run.config, options.overrides, require_files=False).experiment
     from kdctl.evaluate import evaluate_run
 
     return evaluate_run(run, experiment, split=split, checkpoint=checkpoint) | {"run": str(run)}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from kdctl import runs
 from kdctl.cli import console
-from kdctl.cli.train import show
+from kdctl.cli.train import reply
 from kdctl.cli.verb import Argument, Options, Reply
 
 
@@ -17,4 +17,4 @@ def resume(options: Options, run: Annotated[str, Argument(help="a run directory,
     from kdctl import experiment
     from kdctl.cli.progress import TextReporter
 
-    return Reply(experiment.resume(found, TextReporter(options.quiet)), show)
+    return reply(lambda: experiment.resume(found, TextReporter(options.quiet)))

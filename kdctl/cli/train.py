@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from kdctl.cli import console
 from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
-from kdctl.errors import UsageError
+from kdctl.errors import Interrupted, UsageError
 
 
 def train(
@@ -35,11 +36,21 @@ def train(
         return Reply(run_smoke(loaded.experiment, reporter), show)
     source = Path(config).read_text(encoding="utf-8")
     plan = experiment.Plan(loaded.experiment, source, seeds, with_baseline, Path(run_dir) if run_dir else None)
-    return Reply(experiment.train(plan, reporter), show)
+    return reply(lambda: experiment.train(plan, reporter))
+
+
+def reply(work: Callable[[], dict[str, Any]]) -> Reply:
+    """The reply of work that may be interrupted: then it says which run was saved, and exits with the signal's code."""
+    try:
+        return Reply(work(), show)
+    except Interrupted as stopped:
+        return Reply({"run": stopped.run, "status": "interrupted"}, show, stopped)
 
 
 def show(document: dict[str, Any]) -> None:
     """The result for people: student, teacher, control, and the verdict of a group."""
+    if document["status"] == "interrupted":
+        return
     if document["status"] == "smoke":
         console.out(f"smoke test passed: {', '.join(document['stages'])}")
     elif "seeds" in document:

@@ -139,33 +139,32 @@ def _fetched(split: Split, batches: list[Tensor], workers: int) -> Iterator[tupl
         worker_init_fn=_start_worker,
         collate_fn=_unchanged,  # type: ignore[arg-type]
     )
-    with _child_signals_kept():
+    with _worker_deaths():
         items = iter(decoded)
     for rows in batches:
-        try:
+        with _worker_deaths():
             images = next(items)
-        except RuntimeError as error:
-            hint = "data.workers=0 decodes in the training process; a container may need more shared memory"
-            raise KdctlError(Problem(f"a decoding process failed: {error}", hint=hint)) from error
         if isinstance(images, KdctlError):
             raise images
         yield rows, images
 
 
 @contextlib.contextmanager
-def _child_signals_kept() -> Iterator[None]:
-    """Undoes torch's handler of SIGCHLD, which raises a worker's death wherever training happens to be.
+def _worker_deaths() -> Iterator[None]:
+    """Makes the death of a worker a KdctlError here, where its batch is waited for.
 
-    Without it the death is found where the worker's batch is waited for.
+    torch's own handler of SIGCHLD would raise it wherever training happens to be, so it is taken out again.
     """
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
+    handled = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if handled else None
     try:
         yield
+    except (RuntimeError, OSError, EOFError) as error:  # by where in handing over a batch the worker was
+        hint = "data.workers=0 decodes in the training process; a container may need more shared memory"
+        raise KdctlError(Problem(f"a decoding process failed: {error}", hint=hint)) from error
     finally:
-        signal.signal(signal.SIGCHLD, before)
+        if handled:
+            signal.signal(signal.SIGCHLD, before)
 
 
 def _unchanged(item: Tensor | KdctlError) -> Tensor | KdctlError:
