@@ -5,10 +5,15 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"
 
 prepare_environment() {
-  local extras="${1:-}" base stamp want
+  local extras="${1:-}" base="" candidate stamp want
   if [ ! -x "$python" ]; then
-    base=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3) || true
-    if [ -z "$base" ] || ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    for candidate in python3 python3.13 python3.12 python3.11; do
+      if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        base=$candidate
+        break
+      fi
+    done
+    if [ -z "$base" ]; then
       echo "kdctl needs Python 3.11 or newer on the PATH" >&2
       return 4
     fi

@@ -164,7 +164,7 @@ def _worker_deaths() -> Iterator[None]:
         raise KdctlError(Problem(f"a decoding process failed: {error}", hint=hint)) from error
     finally:
         if handled:
-            signal.signal(signal.SIGCHLD, before)
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def _unchanged(item: Tensor | KdctlError) -> Tensor | KdctlError:
