@@ -210,7 +210,7 @@ def build_stage(
     loader = _loader(experiment, stage, data, device)
     first = _first_batch(loader, data)
     live = LiveTeacher(teachers, task, taps) if teachers else None
-    _dry_run(student, live, terms, task, first, len(data.train))
+    _dry_run(student, live, terms, task, first, data.index_size)
 
     layout = torch.channels_last if settings.layout == "channels_last" else torch.contiguous_format
     for model in (student, *teachers):

@@ -59,7 +59,8 @@ def _run_stages(run: Run, experiment: Experiment, reporter: Reporter, stop: Stop
             artefacts.make(run, experiment, output, data)
             run.set_stage(output.name, "done")
             stop.check(f"after stage {output.name}; `kdctl resume {run}` continues")
-    return runs.read_json(run / "summary.json")
+    made = [runs.read_json(run / "artefacts" / output.name / "result.json") for output in experiment.output_stages]
+    return runs.read_json(run / "summary.json") | {"artefacts": made}
 
 
 # ----------------------------------------------------------------------------------------------------- a train stage

@@ -40,9 +40,14 @@ def train(
 
 
 def reply(work: Callable[[], dict[str, Any]]) -> Reply:
-    """The reply of work that may be interrupted: then it says which run was saved, and exits with the signal's code."""
+    """The reply of a training command. Exits with 6 where an artefact misses a gate of its stage; where the work was
+    interrupted, says which run was saved and exits with the signal's code."""
     try:
-        return Reply(work(), show)
+        document = work()
+        from kdctl.artefacts import check_gates
+
+        missed = [error for error in map(check_gates, document["artefacts"]) if error is not None]
+        return Reply(document, show, missed[0] if missed else None)
     except Interrupted as stopped:
         return Reply({"run": stopped.run, "status": "interrupted"}, show, stopped)
 
@@ -57,6 +62,10 @@ def show(document: dict[str, Any]) -> None:
         _show_group(document)
     else:
         _show_run(document)
+    for artefact in document.get("artefacts", []):
+        after, metric = artefact["after"], next(iter(artefact["after"]["metrics"]))
+        value = after["metrics"][metric]
+        console.out(f"artefact {artefact['artefact']}: {metric} {value:.2f}, {after['bytes']:,} bytes")
     for note in document["notes"]:
         console.out(f"note: {note}")
 

@@ -148,7 +148,7 @@ class _Check:
 
     def _component(self, site: Site) -> None:
         kind_key, group = ("kind", site.group)
-        if site.model is OutputStage:
+        if site.model is OutputStage and not site.group:
             kind_key, group = ("target", "exporters") if site.value.get("kind") == "export" else ("kind", "compressors")
         kind = site.value.get(kind_key)
         place = (*site.path, kind_key)

@@ -141,10 +141,9 @@ class _Expansion:
                 self.links["stages", len(self.stages)] = (key, number)
                 if key == "export":
                     self.links["stages", len(self.stages), "target"] = (key, number, "kind")
-                    stage = OutputStage(kind="export", target=component.kind, **component.arguments)
-                else:
-                    stage = OutputStage(kind=component.kind, **component.arguments)
-                self._add_output(stage)
+                    said = component.model_dump(exclude={"kind"})
+                    component = OutputStage(kind="export", target=component.kind, **said)
+                self._add_output(component)
 
     def _add_teacher(self, spec: TeacherSpec, place: KeyPath, name: str) -> TeacherSpec:
         """Adds the stage that trains a teacher; returns the teacher that takes its weights from there."""

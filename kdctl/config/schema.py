@@ -53,8 +53,6 @@ OptimizerSpec = Annotated[Component, Group("optimizers")]
 ScheduleSpec = Annotated[Component, Group("schedules")]
 AugmentSpec = Annotated[Component, Group("augment")]
 SourceSpec = Annotated[Component, Group("data")]
-CompressSpec = Annotated[Component, Group("compressors")]
-ExportSpec = Annotated[Component, Group("exporters")]
 
 
 # ----------------------------------------------------------------------------------------------------- task and data
@@ -213,6 +211,10 @@ class OutputStage(Component):
     min_speedup: Positive | None = Field(
         None, description="gate: least speed-up over fp32 in the same runtime, batch 1"
     )
+
+
+CompressSpec = Annotated[OutputStage, Group("compressors")]
+ExportSpec = Annotated[OutputStage, Group("exporters")]
 
 
 def stage_type(value: Any) -> str:

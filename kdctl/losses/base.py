@@ -25,7 +25,7 @@ class DryRun:
     student: Signals
     teacher: Signals | None
     num_samples: int
-    """Training samples, for terms that keep a memory of each."""
+    """Every sample index is below this number: the size of a memory that keeps something of each."""
 
 
 class Loss(nn.Module):

@@ -1,0 +1,99 @@
+"""The main job on the command line: train, eval, compress, resume, with their documents and exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdctl.cli import app
+
+FILE = """
+name: job
+data: {kind: digits, limit: 300}
+teacher: {kind: digits_cnn, width: 8, train: {epochs: 4}}
+student: {kind: digits_cnn, width: 4}
+distill: {T: 4, alpha: 0.9}
+optimizer: {kind: adamw, lr: 0.01}
+train: {epochs: 2, device: cpu, threads: 1}
+"""
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs one command line in an empty directory that holds job.yaml: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text(FILE)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = app.run(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def document(result: tuple[int, str, str], code: int = 0) -> dict[str, Any]:
+    assert result[0] == code, result[2]
+    parsed = json.loads(result[1])
+    assert parsed["schema_version"] == 1 and parsed["ok"] is (code == 0)
+    return parsed
+
+
+def test_the_three_commands_and_their_documents(call: Any) -> None:
+    trained = document(call("train", "job.yaml", "--json"))
+    assert trained["status"] == "done" and trained["run"] == "runs/job/001" and trained["epochs"] == 2
+    for key in ("seconds", "samples_per_second", "precision", "threads", "agreement", "baseline", "group"):
+        assert key in trained
+    student = trained["student"]
+    assert student["kind"] == "digits_cnn" and student["parameters"] == 1182
+    assert set(student["best"]) == {"epoch", "val", "test"} and "top1" in student["best"]["test"]
+    assert "top1" in student["last"]["test"] and "top1" in trained["teacher"]["test"]
+
+    measured = document(call("eval", "--json"))  # with no run named: the latest one
+    assert measured["run"].endswith("runs/job/001") and measured["samples"] == 500
+    assert measured["metrics"] == student["best"]["test"] and measured["agreement"] == trained["agreement"]
+    assert [row["name"] for row in measured["per_class"]] == [str(digit) for digit in range(10)]
+    last = document(call("eval", "latest", "--checkpoint", "last", "--json"))
+    assert last["metrics"] == student["last"]["test"]
+    assert document(call("eval", "--split", "val", "--json"))["samples"] == 130
+
+    small = document(call("compress", "--quantize", "int8", "--min-speedup", "1000", "--json"), 6)
+    assert small["errors"][0]["message"].startswith("min_speedup")
+    assert set(small) >= {"artefact", "variant", "runtime", "before", "same_runtime", "after", "gates", "notes"}
+    again = document(call("eval", small["artefact"], "--json"))
+    assert again["metrics"] == small["after"]["metrics"]
+    code, out, _ = call("list", "runs")
+    assert code == 0 and "job/001" in out
+
+
+def test_a_gate_in_the_file_fails_the_command_and_keeps_the_run(call: Any) -> None:
+    gated = document(
+        call("train", "job.yaml", "compress=[{kind: quantize, min_speedup: 1000}]", "train.epochs=1", "--json"), 6
+    )
+    assert gated["status"] == "done" and gated["errors"][0]["message"].startswith("min_speedup")
+    assert Path(gated["artefacts"][0]["artefact"], "model.onnx").is_file()
+
+
+def test_errors_have_their_codes(call: Any) -> None:
+    assert call("train", "job.yaml", "losses.kd.temprature=2")[0] == 3
+    assert call("train", "nowhere.yaml")[0] == 4
+    assert call("eval")[0] == 4 and call("resume")[0] == 4 and call("compress", "--quantize", "int8")[0] == 4
+    assert call("train", "job.yaml", "--run-dir", "x", "--seeds", "2")[0] == 2
+    assert not Path("runs").exists()
+    code, out, _ = call("train", "job.yaml", "optimizer.lr=1e30", "schedule.kind=constant", "--json")
+    assert document((code, out, ""), 7)["errors"][0]["key"] == "losses"
+
+
+def test_a_named_directory_is_used_once(call: Any) -> None:
+    assert call("train", "job.yaml", "train.epochs=1", "--run-dir", "mine", "-q")[2] == ""
+    code, _, err = call("train", "job.yaml", "--run-dir", "mine")
+    assert code == 2 and "never overwritten" in err
+    assert call("resume", "mine")[0] == 1
+
+
+def test_smoke_leaves_nothing_behind(call: Any) -> None:
+    assert document(call("train", "job.yaml", "--smoke", "--json"))["stages"] == ["teacher", "student"]
+    assert not Path("runs").exists()
