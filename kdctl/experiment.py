@@ -11,7 +11,8 @@ import numpy as np
 
 from kdctl import registry, runs, stats
 from kdctl.build import build_task
-from kdctl.config.expand import dump_yaml, load_experiment
+from kdctl.config.dump import dump_yaml
+from kdctl.config.expand import load_experiment
 from kdctl.config.schema import Experiment, LossSpec, TeacherSpec, TrainStage
 from kdctl.device import settle
 from kdctl.errors import ConfigError, KdctlError, Problem

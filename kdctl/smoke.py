@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kdctl import build, runs
-from kdctl.config.expand import dump_yaml
+from kdctl.config.dump import dump_yaml
 from kdctl.config.schema import DataSpec, Experiment, ModelSpec, TrainStage
 from kdctl.data.base import ArraySplit, Dataset, Split
 from kdctl.data.prepare import Data, split_dataset, stratified

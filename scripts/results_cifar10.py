@@ -74,7 +74,7 @@ def row(group: dict[str, Any], int8: dict[str, Any]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| student | seeds | control | distilled | gain, 95 % interval | int8 | bytes, int8 / fp32 | speed, int8 / fp32 |",
+        "| student | seeds | control | distilled | gain, 95 % interval | int8 | bytes, int8/fp32 | speed, fp32/int8 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:

@@ -21,7 +21,7 @@ def schema(
     \b
     # yaml-language-server: $schema=./experiment.schema.json
     """
-    from kdctl.config.expand import json_schema
+    from kdctl.config.json_schema import json_schema
     from kdctl.runs import write_text
 
     document = json_schema()

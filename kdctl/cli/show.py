@@ -21,7 +21,7 @@ def show(
     diff: Annotated[str | None, Option("--diff", metavar="CONFIG|RUN", help="Only what differs from this one.")] = None,
 ) -> Reply:
     """The resolved experiment: shorthands expanded into stages, defaults filled in, overrides applied."""
-    from kdctl.config.expand import dump_yaml, origin_rows
+    from kdctl.config.dump import dump_yaml, origin_rows
 
     loaded = _load(experiment, options.overrides)
     document: dict[str, Any] = {"experiment": _values(loaded)}

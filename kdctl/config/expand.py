@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 from kdctl import registry
 from kdctl.config.arguments import defaults
 from kdctl.config.check import check
-from kdctl.config.dump import dump_yaml, origin_rows
-from kdctl.config.json_schema import json_schema
 from kdctl.config.overrides import load_document
 from kdctl.config.schema import (
     Component,
@@ -33,8 +31,6 @@ from kdctl.config.schema import (
     TrainStage,
 )
 from kdctl.config.yaml_io import Document, KeyPath
-
-__all__ = ["Loaded", "dump_yaml", "expand", "json_schema", "load_experiment", "origin_rows"]
 
 C = TypeVar("C", bound=Component)
 _STAGE = TrainStage()

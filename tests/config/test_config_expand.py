@@ -12,7 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdctl.config.expand import dump_yaml, expand, json_schema, load_experiment, origin_rows
+from kdctl.config.dump import dump_yaml, origin_rows
+from kdctl.config.expand import expand, load_experiment
+from kdctl.config.json_schema import json_schema
 from kdctl.config.schema import ExperimentFile, LossSpec
 
 STUDENT = "data: {kind: digits}\nstudent: {kind: digits_cnn, width: 4}\n"

@@ -1,4 +1,4 @@
-"""Kill -9 at random moments of a real `kdctl train`, from its first second on; `kdctl resume` ends where it would have."""
+"""Kill -9 at random moments of a real `kdctl train`, from its first second on; `kdctl resume` ends where it would."""
 
 from __future__ import annotations
 
