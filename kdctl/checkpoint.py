@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -10,22 +9,14 @@ from typing import Any
 
 import torch
 
+from kdctl import runs
 from kdctl.errors import MissingError, Problem
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes a state of tensors and plain values; a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with runs.writing(path) as file:
+        torch.save(state, file)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -78,10 +78,8 @@ class Predictions:
     index: NDArray[np.int64]
 
     def save(self, path: Path) -> None:
-        aside = path.with_name(f".{path.name}.tmp")
-        with open(aside, "wb") as file:
+        with runs.writing(path) as file:
             np.savez_compressed(file, logits=self.logits, targets=self.targets, index=self.index)
-        aside.replace(path)
 
 
 def batches(split: Split, batch_size: int) -> Iterator[tuple[Floats, NDArray[np.int64], NDArray[np.int64]]]:

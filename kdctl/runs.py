@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from kdctl import __version__
 from kdctl.errors import KdctlError, MissingError, Problem, UsageError, did_you_mean
@@ -30,13 +30,14 @@ ROOT = Path("runs")
 Status = Literal["running", "interrupted", "failed", "done"]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file aside and renames it, so that readers see the old one or the new one."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name once it is whole and on the disk: readers see the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(aside, 0o644)
@@ -44,6 +45,11 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    with writing(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, document: Any) -> None:

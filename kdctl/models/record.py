@@ -11,10 +11,8 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import os
 import shutil
 import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,7 +211,8 @@ def save_model(model: Model, stem: Path) -> None:
     tensors = {name: _stored(value) for name, value in model.net.state_dict().items() if isinstance(value, Tensor)}
     text = json.dumps(document, sort_keys=True, allow_nan=False)
     data = _sorted_header(safetensors.torch.save(tensors, {"format": "pt", "kdctl_record": text}))
-    _write_bytes(_with(stem, ".safetensors"), data)
+    with runs.writing(_with(stem, ".safetensors")) as file:
+        file.write(data)
     runs.write_json(_with(stem, ".json"), document | {"weights_sha256": hashlib.sha256(data).hexdigest()})
 
 
@@ -236,20 +235,6 @@ def _sorted_header(data: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
 
 
 def _ship_code(model: Model, folder: Path) -> str:
