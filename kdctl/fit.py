@@ -105,8 +105,8 @@ def fit(
         _save(folder / "last.pt", built, ema, scaler, state)
 
     while not state.finished:
-        _train_epoch(built, stage, state, ema, scaler, stop, reporter)
-        if state.step == len(built.loader):
+        _train_epoch(built, stage, state, ema, scaler, budget, stop, reporter)
+        if state.step == len(built.loader) or _spent(state, budget):
             _end_epoch(built, stage, state, ema, folder, run, eval_batch_size, reporter)
             state.finished = _why_finished(stage, state, budget)
         _save(folder / "last.pt", built, ema, scaler, state)
@@ -116,9 +116,9 @@ def fit(
 
 def _train_epoch(
     built: Built, stage: TrainStage, state: Progress, ema: EMA | None, scaler: torch.amp.GradScaler,
-    stop: StopSignal, reporter: Reporter,
+    budget: float, stop: StopSignal, reporter: Reporter,
 ) -> None:  # fmt: skip
-    """The rest of one epoch, step by step; returns early when a stop is asked for."""
+    """The rest of one epoch, step by step; returns early when a stop is asked for or the time budget is spent."""
     steps = len(built.loader)
     total = stage.epochs * steps
     built.method.train()
@@ -140,8 +140,12 @@ def _train_epoch(
         state.samples += batch.size
         state.epoch_seconds = before + time.monotonic() - began
         reporter.step(stage.name, state.epoch, stage.epochs, state.step, steps)
-        if stop.number is not None:
+        if stop.number is not None or _spent(state, budget):
             return
+
+
+def _spent(state: Progress, budget: float) -> bool:
+    return state.seconds + state.epoch_seconds >= budget
 
 
 def _step(
@@ -240,7 +244,7 @@ def _why_finished(stage: TrainStage, state: Progress, budget: float) -> str:
         return "all epochs done"
     if stage.early_stop is not None and state.epoch - state.best_epoch >= stage.early_stop:
         return f"early stop: no better validation since epoch {state.best_epoch}"
-    if state.seconds >= budget:
+    if _spent(state, budget):
         return "time budget spent"
     return ""
 

@@ -303,7 +303,8 @@ def test_every_key_of_the_schema_is_described_or_a_section():
 def test_loading_an_experiment_imports_no_torch(write):
     path = write(FULL + "")
     code = (
-        "import sys, pathlib; from kdctl.config.expand import *; from kdctl.config.dump import *; from kdctl.config.json_schema import *; "
+        "import sys, pathlib; from kdctl.config.expand import *; from kdctl.config.dump import *; "
+        "from kdctl.config.json_schema import *; "
         "l = load_experiment(pathlib.Path(sys.argv[1])); origin_rows(l); dump_yaml(l.experiment); json_schema(); "
         "print([m for m in ('torch', 'numpy', 'torchvision', 'onnx', 'onnxruntime') if m in sys.modules])"
     )
