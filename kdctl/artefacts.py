@@ -17,7 +17,7 @@ from kdctl.bench import cost, notes
 from kdctl.bench.latency import Cell, Row, measure
 from kdctl.compress.base import Compressor
 from kdctl.config.schema import Experiment, OutputStage
-from kdctl.data.loader import clean_batches
+from kdctl.data.loader import as_float
 from kdctl.data.prepare import Data
 from kdctl.errors import GateError, MissingError, Problem
 from kdctl.evaluate import Floats, Predictions, TorchPredictor, choose_split, metrics, predict
@@ -131,8 +131,8 @@ def _image_shape(student: Model) -> tuple[int, int, int]:
 def _calibration_images(data: Data) -> Iterator[Floats]:
     """Clean training images in a random order that is always the same."""
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    for batch in clean_batches(data.train.subset(order), batch_size=128):
-        yield batch.inputs.numpy()
+    for rows in order.split(128):
+        yield as_float(data.train.fetch(rows)).numpy()
 
 
 def _opener(target: str) -> str:
@@ -148,7 +148,7 @@ def _open(target: str, path: Path) -> Any:
 
 
 def _replace(aside: Path, final: Path) -> None:
-    """Puts a finished directory in place of an older one; at no moment is there a half of either."""
+    """Puts a finished directory in place of an older one. No half of either is ever seen under its name."""
     old = None
     if final.exists():
         old = Path(tempfile.mkdtemp(dir=final.parent, prefix=".old-")) / final.name

@@ -18,6 +18,7 @@ from kdctl.config.schema import Experiment, LossSpec, ModelSpec, Normalize, Teac
 from kdctl.data.augment import Augment
 from kdctl.data.loader import TrainLoader
 from kdctl.data.prepare import Data, prepare
+from kdctl.device import choose_device
 from kdctl.errors import ConfigError, Problem
 from kdctl.losses.base import DryRun, Loss
 from kdctl.methods.base import Method, Term
@@ -26,7 +27,8 @@ from kdctl.models.record import Model, ModelRecord
 from kdctl.models.weights import load_weights
 from kdctl.optim.optimizers import build_optimizer
 from kdctl.optim.schedules import WeightSchedule
-from kdctl.signals import IGNORE, Batch, Signals
+from kdctl.runs import holds_model
+from kdctl.signals import Batch, Signals
 from kdctl.taps import Taps
 from kdctl.tasks.base import Task
 from kdctl.teachers.live import LiveTeacher
@@ -75,20 +77,17 @@ def build_model(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str
     """
     if spec.stage is not None and stage_file is not None:
         model = records.load_model(stage_file(spec.stage))
-    elif spec.weights and _has_record(spec.weights):
+        _check_classes(model.record, data, key)
+    elif spec.weights and holds_model(spec.weights):
         model = records.load_model(Path(spec.weights))
+        _check_record(spec, model.record, data, key)
+        _check_classes(model.record, data, key)
     else:
         model = records.build_model(_record(spec, data))
         if spec.weights:
             load_weights(model.net, "pretrained" if spec.weights == "pretrained" else Path(spec.weights), spec.mapping)
     _check_fits(model.record, data, key)
     return model
-
-
-def _has_record(weights: str) -> bool:
-    """Whether the weights are kdctl's own: a run directory, or a file with its record beside it."""
-    path = Path(weights)
-    return path.is_dir() or (path.suffix in {".safetensors", ".json"} and path.with_suffix(".json").is_file())
 
 
 def _record(spec: ModelSpec, data: Data) -> ModelRecord:
@@ -109,6 +108,36 @@ def _record(spec: ModelSpec, data: Data) -> ModelRecord:
         normalize=normalize,
         input_size=spec.input_size,
     )
+
+
+def _check_record(spec: ModelSpec, record: ModelRecord, data: Data, key: str) -> None:
+    """Refuses a spec that asks for something else than the record beside its weights says."""
+    asked = _record(spec, data)
+    kind, own = registry.canonical("models", spec.kind), record.kind
+    if registry.is_file_kind(kind) and registry.is_file_kind(own):  # the record names its copy of the user's file
+        kind, own = kind.rpartition(":")[2], own.rpartition(":")[2]
+    pairs: dict[str, tuple[Any, Any]] = {"kind": (kind, own)}
+    pairs |= {name: (value, record.arguments.get(name, value)) for name, value in spec.arguments.items()}
+    if spec.normalize != "data":
+        pairs["normalize"] = (asked.normalize, record.normalize)
+    if spec.input_size is not None:
+        pairs["input_size"] = (spec.input_size, record.input_size)
+    problems = [
+        Problem(f"got {got!r}, but {spec.weights} holds {has!r}", key=f"{key}.{name}", hint="leave it out, or agree")
+        for name, (got, has) in pairs.items()
+        if got != has
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _check_classes(record: ModelRecord, data: Data, key: str) -> None:
+    """Refuses a model whose classes stand in another order than the data's: every label would mean something else."""
+    if record.class_names == data.class_names or len(record.class_names) != len(data.class_names):
+        return
+    at = next(i for i, (a, b) in enumerate(zip(record.class_names, data.class_names, strict=True)) if a != b)
+    message = f"class {at} of the model is '{record.class_names[at]}', of the data '{data.class_names[at]}'"
+    raise ConfigError(Problem(message, key=key, hint="name weights that were trained on these classes in this order"))
 
 
 def _check_fits(record: ModelRecord, data: Data, key: str) -> None:
@@ -144,21 +173,27 @@ def _dry_run(
     """
     trial = copy.deepcopy(student).eval()
     taps = Taps(trial.net, sorted({s for term in terms for s, _ in term.loss.taps}))
-    signals = None
-    if teacher is not None:
-        signals = teacher(batch)
-        if signals.logits.shape[1:] != task.forward(trial, batch).shape[1:]:
-            message = f"the teacher's outputs are {tuple(signals.logits.shape[1:])}, the student's differ"
-            raise ConfigError(Problem(message, key="teacher"))
     with taps.recording() as features:
         outputs = task.forward(trial, batch)
     seen = task.signals(outputs, batch, features)
+    signals = None if teacher is None else teacher(batch)
+    if signals is not None and signals.logits.shape != seen.logits.shape:
+        got, own = tuple(signals.logits.shape[1:]), tuple(seen.logits.shape[1:])
+        raise ConfigError(Problem(f"the teacher's outputs have shape {got}, the student's {own}", key="teacher"))
     for term in terms:
         term.loss.setup(DryRun(task, batch, _detached(seen), signals, num_samples))
     for term in terms:
         term.loss.eval()
         _check_gradient(term, trial, seen, signals, batch)
         term.loss.train()
+
+
+def _check_accumulation(terms: Sequence[Term], stage: TrainStage) -> None:
+    for term in terms:
+        if term.loss.batchwise and stage.accumulate > 1:
+            message = f"the term compares the samples of a batch, and accumulate is {stage.accumulate}"
+            hint = "micro-batches would change this loss: set accumulate to 1 and batch_size to what fits"
+            raise ConfigError(Problem(message, key=f"losses.{term.name}", hint=hint))
 
 
 def _detached(signals: Signals) -> Signals:
@@ -193,7 +228,7 @@ def build_stage(
 ) -> Built:
     """All objects of one training stage. `start` is the stem of the weights it starts from, None for fresh ones."""
     settings = experiment.train
-    device = torch.device(settings.device)
+    device = choose_device(settings.device)
     task = build_task(experiment)
     data = data.for_stage(stage.data)
     spec = stage.student or experiment.student
@@ -206,9 +241,10 @@ def build_stage(
 
     seed_everything(settings.seed, stage.name, "terms")
     terms = _build_terms(stage.losses)
+    _check_accumulation(terms, stage)
     taps = [t for term in terms for _, t in term.loss.taps]
     loader = _loader(experiment, stage, data, device)
-    first = _first_batch(loader, data)
+    first = _on_cpu(loader.few(_DRY_RUN_SAMPLES))
     live = LiveTeacher(teachers, task, taps) if teachers else None
     _dry_run(student, live, terms, task, first, data.index_size)
 
@@ -247,16 +283,8 @@ def _loader(experiment: Experiment, stage: TrainStage, data: Data, device: torch
     )
 
 
-def _first_batch(loader: TrainLoader, data: Data) -> Batch:
-    """A few samples for the dry run, labelled ones where there are any."""
-    for batch in loader.epoch(0):
-        rows = torch.nonzero(batch.targets != IGNORE).flatten()
-        order = torch.cat([rows, torch.nonzero(batch.targets == IGNORE).flatten()])[:_DRY_RUN_SAMPLES].cpu()
-        inputs, targets, index, view = (
-            part[order].cpu() for part in (batch.inputs, batch.targets, batch.index, batch.view)
-        )
-        return Batch(inputs, targets, index, view)
-    raise ConfigError(Problem("there is no training sample", key="data"))
+def _on_cpu(batch: Batch) -> Batch:
+    return Batch(batch.inputs.cpu(), batch.targets.cpu(), batch.index.cpu(), batch.view.cpu())
 
 
 def check_teachers(teachers: Sequence[Model], specs: Sequence[TeacherSpec], accuracy: Callable[[Model], Any]) -> None:

@@ -21,6 +21,7 @@ from kdctl.data.prepare import Data
 from kdctl.errors import MissingError, Problem
 from kdctl.models.record import Model, load_model
 from kdctl.runs import Run
+from kdctl.signals import find_logits
 from kdctl.tasks.base import Task
 
 Floats = NDArray[np.float32]
@@ -58,7 +59,7 @@ class TorchPredictor:
     @torch.inference_mode()
     def __call__(self, images: Floats) -> Floats:
         with devices.autocast(self.device, self.precision):
-            logits = self.model(torch.from_numpy(images).to(self.device))
+            logits = find_logits(self.model(torch.from_numpy(images).to(self.device)))
         return logits.float().cpu().numpy()
 
 
@@ -200,7 +201,7 @@ def load_student(run: Run, experiment: Experiment, checkpoint: str = "best") -> 
     """The shipped student (`best`), or the student as the last step left it (`last`)."""
     model = load_model(run / "student")
     if checkpoint == "last":
-        stage = [s for s in experiment.train_stages if s.role == "student"][-1]
+        stage = experiment.student_stage
         model.net.load_state_dict(checkpoints.student_weights(run.stage_dir(stage.name) / "checkpoints", "last"))
     return model
 
@@ -209,7 +210,7 @@ def predict_teacher(
     run: Run, experiment: Experiment, data: Data, samples: Split
 ) -> tuple[Predictions | None, list[str]]:
     """What the last stage's teacher says of a split, the mean of the logits of several; a note when it is not there."""
-    specs = experiment.train_stages[-1].teachers if experiment.train_stages else []
+    specs = experiment.student_stage.teachers
     if not specs:
         return None, []
     try:

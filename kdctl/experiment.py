@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import itertools
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,13 @@ import numpy as np
 
 from kdctl import registry, runs, stats
 from kdctl.build import build_task
-from kdctl.config.dump import dump_yaml
+from kdctl.config.dump import dump_yaml, plain
 from kdctl.config.expand import load_experiment
-from kdctl.config.schema import Experiment, LossSpec, TeacherSpec, TrainStage
+from kdctl.config.schema import Experiment
+from kdctl.control import control, with_shared_teachers
 from kdctl.device import settle
-from kdctl.errors import ConfigError, KdctlError, Problem
+from kdctl.errors import ConfigError, KdctlError, MissingError
 from kdctl.fit import Reporter
-from kdctl.losses.base import Loss
 from kdctl.pipeline import run_stages
 from kdctl.runs import Run
 
@@ -41,10 +43,11 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     interrupted group resumes where it stopped.
     """
     experiment = plan.experiment.model_copy(update={"train": settle(plan.experiment.train)})
+    reporter.say(f"experiment {experiment.name}: the student is that of stage {experiment.student_stage.name}")
     if plan.seeds == 1 and not plan.with_baseline:
         run = _create_run(experiment, plan.source, "main", None, plan.run_dir)
         reporter.say(f"run {run}")
-        return run_stages(run, experiment, reporter)
+        return _run_new(run, experiment, reporter)
     if plan.with_baseline:
         control(experiment)  # raises before anything is made where there can be no control
     first = experiment.train.seed
@@ -57,128 +60,139 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     return _run_group(group, experiment, reporter)
 
 
-def resume(run: Run, reporter: Reporter) -> dict[str, Any]:
-    """Continues an unfinished run, and the group it belongs to."""
+def resume(run: Run, reporter: Reporter, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Continues an unfinished run, and the group it belongs to; overrides such as data.root=... hold for this time."""
     info = run.info
     if info["group"] is not None and Path(info["group"]).exists():
         group = Path(info["group"])
-        return _run_group(group, load_experiment(group.with_suffix(".yaml"), require_files=False).experiment, reporter)
+        experiment = load_experiment(group.with_suffix(".yaml"), require_files=False).experiment
+        return _run_group(group, experiment, reporter, overrides)
     if info["status"] == "done":
         raise KdctlError(f"{run} is done: there is nothing to resume", hint="`kdctl train` starts a new run")
-    return run_stages(run, load_run(run), reporter)
+    return run_stages(run, load_run(run, overrides), reporter)
 
 
-def load_run(run: Run) -> Experiment:
+def load_run(run: Run, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a run, whether or not the files it names are still where they were."""
-    return load_experiment(run.config, require_files=False).experiment
+    return load_experiment(run.config, overrides, require_files=False).experiment
 
 
-def _create_run(experiment: Experiment, source: str, role: Any, group: str | None, run_dir: Path | None = None) -> Run:
-    config, code = _with_local_code(dump_yaml(experiment))
-    stages = [s.name for s in experiment.stages]
+def _create_run(
+    experiment: Experiment,
+    source: str,
+    role: Any,
+    group: str | None,
+    run_dir: Path | None = None,
+    files: dict[str, Path] | None = None,
+) -> Run:
+    local, code = _with_local_code(experiment)
     return runs.create(
-        experiment.name, config, source,
-        stages=stages, seed=experiment.train.seed, role=role, group=group, run_dir=run_dir, code=code,
+        experiment.name, dump_yaml(local), source,
+        stages=[s.name for s in experiment.stages], seed=experiment.train.seed, role=role, group=group,
+        run_dir=run_dir, files=code | (files or {}),
     )  # fmt: skip
 
 
-def _with_local_code(config: str) -> tuple[str, list[Path]]:
-    """The configuration with the user's own component files pointing into the run's `code/`, and those files."""
-    files: list[Path] = []
+def _with_local_code(experiment: Experiment) -> tuple[Experiment, dict[str, Path]]:
+    """The experiment with the user's own component files named in the run's `code/`, and those files."""
+    files: dict[str, Path] = {}
 
-    def local(match: re.Match[str]) -> str:
-        path = Path(match["path"])
-        if path not in files:
-            files.append(path)
-        return f"{match['key']}./code/{path.name}:{match['name']}"
+    def local(value: Any) -> Any:
+        if isinstance(value, list):
+            return [local(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return {k: _local_kind(v, files) if k == "kind" else local(v) for k, v in value.items()}
 
-    pattern = re.compile(r"(?P<key>kind: )(?P<path>\S+\.py):(?P<name>\w+)")
-    return pattern.sub(local, config), files
-
-
-# ------------------------------------------------------------------------------------------------------------ control
+    return Experiment.model_validate(local(plain(experiment))), files
 
 
-def control(experiment: Experiment) -> Experiment:
-    """The same experiment without a teacher: teacher terms gone, supervised weights 1, all else equal.
-
-    Raises ConfigError when nothing is left to learn from.
-    """
-    stages: list[Any] = []
-    for stage in experiment.stages:
-        if not isinstance(stage, TrainStage):
-            continue
-        losses = [_alone(loss) for loss in stage.losses if not _needs_teacher(loss)]
-        if stage.role == "student" and losses:
-            stages.append(stage.model_copy(update={"teacher": None, "losses": losses}))
-    if not stages:
-        hint = "the control needs a term without a teacher, for example {kind: ce, weight: 0.1}"
-        raise ConfigError(Problem("no term is left without the teacher", key="losses", hint=hint))
-    return experiment.model_copy(update={"stages": stages})
+def _local_kind(kind: Any, files: dict[str, Path]) -> Any:
+    """The kind as the run names it; a second file of the same name gets a name of its own."""
+    if not isinstance(kind, str) or not registry.is_file_kind(kind):
+        return kind
+    place, _, name = kind.rpartition(":")
+    path = Path(place)
+    numbered = (path.name if n == 1 else f"{path.stem}_{n}{path.suffix}" for n in itertools.count(1))
+    copy = next(f"code/{c}" for c in numbered if files.get(f"code/{c}", path) == path)
+    files[copy] = path
+    return f"./{copy}:{name}"
 
 
-def _needs_teacher(spec: LossSpec) -> bool:
-    loss: type[Loss] = registry.load(registry.find("losses", spec.kind))
-    return loss.needs_teacher
-
-
-def _alone(spec: LossSpec) -> LossSpec:
-    """Supervised terms count in full without the teacher; leaving them at 0.1 would fake a gain."""
-    return spec.model_copy(update={"weight": 1.0}) if spec.kind == "supervised" else spec
+def _run_new(run: Run, experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
+    """Runs a run that was just made; one that a mistake of the user's stops before its first step is taken back."""
+    try:
+        return run_stages(run, experiment, reporter)
+    except (ConfigError, MissingError):
+        if not list(run.path.glob("stages/*/checkpoints/last.pt")):
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------------- groups
 
 
-def _member(experiment: Experiment, role: str, seed: int, first: Run | None) -> Experiment:
-    """The experiment of one member: its seed, its role, and the group's one teacher."""
+def _member(experiment: Experiment, role: str, seed: int, first: Run | None) -> tuple[Experiment, dict[str, Path]]:
+    """The experiment of one member (its seed, its role, the group's one teacher) and the files its run is given."""
     member = experiment.model_copy(update={"train": experiment.train.model_copy(update={"seed": seed})})
     if role == "control":
-        return control(member)
-    return member if first is None else _with_shared_teachers(member, first)
+        return control(member), {}
+    return (member, {}) if first is None else with_shared_teachers(member, first)
 
 
-def _with_shared_teachers(experiment: Experiment, first: Run) -> Experiment:
-    """Takes the teachers that the group's first run trained, instead of training them again."""
-    made = {s.name for s in experiment.train_stages if s.role != "student"}
-
-    def shared(spec: TeacherSpec) -> TeacherSpec:
-        if spec.stage not in made:
-            return spec
-        weights = str((first.stage_dir(spec.stage) / "model.safetensors").resolve())
-        return spec.model_copy(update={"stage": None, "weights": weights})
-
-    stages: list[Any] = []
-    for stage in experiment.stages:
-        if isinstance(stage, TrainStage) and stage.name in made:
-            continue
-        if isinstance(stage, TrainStage) and stage.teachers:
-            teachers = [shared(t) for t in stage.teachers]
-            stage = stage.model_copy(update={"teacher": teachers if isinstance(stage.teacher, list) else teachers[0]})
-        stages.append(stage)
-    return experiment.model_copy(update={"stages": stages})
-
-
-def _run_group(group: Path, experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
+def _run_group(
+    group: Path, experiment: Experiment, reporter: Reporter, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Runs every member that is not done, then sums the group up; the group file is rewritten after each step."""
-    document = runs.read_json(group)
-    first: Run | None = None
-    for member in document["members"]:
-        mine = _member(experiment, member["role"], member["seed"], first)
-        if member["run"] is None:
-            run = _create_run(mine, document["source"], member["role"], str(group.resolve()))
-            member["run"] = str(run.path.resolve())
+    with runs.locked(group.with_suffix(".lock"), f"group {group}"):
+        document = runs.read_json(group)
+        first: Run | None = None
+        for member in document["members"]:
+            if member["run"] is None:
+                run = _made_before(group, member)
+                if run is None:
+                    mine, files = _member(experiment, member["role"], member["seed"], first)
+                    run = _create_run(mine, document["source"], member["role"], str(group.resolve()), files=files)
+                member["run"] = str(run.path.resolve())
+                runs.write_json(group, document)
+            run = Run(Path(member["run"]))
+            if run.info["status"] != "done":
+                reporter.say(f"{member['role']} run {run}, seed {member['seed']}")
+                _run_member(run, group, member, document, reporter, overrides)
+            first = first or (run if member["role"] == "main" else None)
+        document["result"] = summarize_group(document["members"], group, experiment)
+        runs.write_json(group, document)
+    return document["result"]
+
+
+def _made_before(group: Path, member: dict[str, Any]) -> Run | None:
+    """The run of a member that was made just before this process's forerunner died."""
+    for run in runs.all_runs(group.parent.parent.parent):
+        info = run.info
+        if (info["group"], info["role"], info["seed"]) == (str(group.resolve()), member["role"], member["seed"]):
+            return run
+    return None
+
+
+def _run_member(
+    run: Run,
+    group: Path,
+    member: dict[str, Any],
+    document: dict[str, Any],
+    reporter: Reporter,
+    overrides: Sequence[str],
+) -> None:
+    """Runs one member; where it is taken back, the group forgets it, and a group without any run goes too."""
+    try:
+        _run_new(run, load_run(run, overrides), reporter)
+    except (ConfigError, MissingError):
+        if not run.path.exists():
+            member["run"] = None
             runs.write_json(group, document)
-        run = Run(Path(member["run"]))
-        if member["role"] == "main" and first is None:
-            first = run
-        if run.info["status"] != "done":
-            reporter.say(f"{member['role']} run {run}, seed {member['seed']}")
-            run_stages(run, load_run(run), reporter)
-    result = summarize_group(document["members"], group, experiment)
-    document["result"] = result
-    runs.write_json(group, document)
-    return result
+            if all(m["run"] is None for m in document["members"]):
+                for path in (group, group.with_suffix(".yaml")):
+                    path.unlink()
+        raise
 
 
 def summarize_group(members: list[dict[str, Any]], group: Path, experiment: Experiment) -> dict[str, Any]:
@@ -206,7 +220,8 @@ def summarize_group(members: list[dict[str, Any]], group: Path, experiment: Expe
         summary |= {"baseline": stats.interval(controls).as_dict(), "gain": gain.as_dict()}
         verdict = stats.verdict(gain)
         baseline_document = {"run": seeds[0]["baseline"]["run"], "test": seeds[0]["baseline"]["test"]}
-    whole = {"group": str(group), "seeds": seeds, "summary": summary, "verdict": verdict}
+    made = [runs.read_json(path / "result.json") for run in by_role["main"].values() for path in run.artefacts]
+    whole = {"group": str(group), "seeds": seeds, "summary": summary, "verdict": verdict, "artefacts": made}
     return lead | {"baseline": baseline_document} | whole
 
 

@@ -80,6 +80,8 @@ class Progress:
     metrics_bytes: int = 0
     finished: str = ""
     """Why the stage ended, empty while it has not."""
+    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    """The weighted loss, summed over the steps of this epoch; below, each term's sum and count."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
 
@@ -158,10 +160,13 @@ def _step(
     for micro in batch.split(stage.accumulate):
         with autocast(built.device, built.precision):
             sums = method.step(micro, epoch)
+        if not sums:  # every weight is zero at this moment
+            continue
         loss = torch.stack([weights[name] * value / _at_least_one(counts[name]) for name, value in sums.items()]).sum()
         if not torch.isfinite(loss):
             raise DivergedError(Problem(_name_the_term(sums, state), key="losses"))
         scaler.scale(loss).backward()
+        state.loss += loss.detach().cpu().double()
         for name, value in sums.items():
             state.sums[name] = state.sums.get(name, torch.zeros((), device=loss.device)) + value.detach().float()
     for name in sums:
@@ -192,7 +197,7 @@ def _end_epoch(
 ) -> None:  # fmt: skip
     """Validates, keeps the best weights, and writes the epoch's line of metrics.jsonl."""
     began = time.monotonic()
-    student, weights = built.method.student, built.method.weights(float(state.epoch))
+    student = built.method.student
     val: dict[str, float] = {}
     if built.data.val is not None:
         with _averaged(ema, built):
@@ -209,7 +214,7 @@ def _end_epoch(
         "stage": stage.name,
         "epoch": state.epoch,
         "lr": built.optimizer.param_groups[0]["lr"],
-        "loss": sum(weights[name] * value for name, value in terms.items()),
+        "loss": float(state.loss) / max(state.step, 1),
         "terms": terms,
         "val": val,
         "best": best,
@@ -220,7 +225,7 @@ def _end_epoch(
     state.metrics_bytes = run.append_metrics(line)
     state.seconds += state.epoch_seconds + time.monotonic() - began
     state.step, state.samples, state.epoch_seconds = 0, 0, 0.0
-    state.sums, state.counts = {}, {}
+    state.loss, state.sums, state.counts = torch.zeros((), dtype=torch.float64), {}, {}
     reporter.epoch(line, stage.epochs)
 
 

@@ -12,13 +12,14 @@ from kdctl import artefacts, build, checkpoint, runs
 from kdctl.bench import cost
 from kdctl.build import Built
 from kdctl.config.schema import Experiment, OutputStage, TrainStage
-from kdctl.data.prepare import Data
+from kdctl.data.prepare import Data, stratified
 from kdctl.device import apply_threads
 from kdctl.errors import Interrupted
 from kdctl.evaluate import evaluate_run, validate
 from kdctl.fit import Progress, Reporter, StopSignal, fit
 from kdctl.models.record import Model, load_model, save_model
 from kdctl.runs import Run
+from kdctl.signals import IGNORE
 
 _TEACHER_CHECK_SAMPLES = 2000
 
@@ -78,11 +79,11 @@ def _run_train_stage(
         built, stage, run,
         seed=experiment.train.seed,
         eval_batch_size=experiment.data.eval_batch_size,
-        budget=_budget(run, experiment),
+        budget=_budget(run, experiment, stage),
         stop=stop,
         reporter=reporter,
     )  # fmt: skip
-    _keep(run, stage, built, state)
+    _keep(run, experiment, stage, built, state)
     seconds = run.info.get("seconds", {}) | {stage.name: round(state.seconds, 3)}
     run.update(seconds=seconds, stages=run.info["stages"] | {stage.name: "done"})
     if state.finished != "all epochs done":
@@ -91,7 +92,11 @@ def _run_train_stage(
 
 def _check_teachers(built: Built, stage: TrainStage, experiment: Experiment) -> None:
     split = built.data.val or built.data.train
-    some = split.subset(torch.arange(min(len(split), _TEACHER_CHECK_SAMPLES)))
+    rows = stratified(split.targets, 0)
+    rows = rows[split.targets[rows] != IGNORE][:_TEACHER_CHECK_SAMPLES]
+    if not built.teachers or len(rows) == 0:
+        return
+    some = split.subset(rows)
 
     def accuracy(model: Model) -> tuple[float, float]:
         got = validate(model, some, built.task, built.device, experiment.data.eval_batch_size, built.precision)
@@ -114,20 +119,22 @@ def _describe(stage: TrainStage, built: Built) -> str:
     )
 
 
-def _budget(run: Run, experiment: Experiment) -> float:
-    if experiment.train.max_minutes is None:
+def _budget(run: Run, experiment: Experiment, stage: TrainStage) -> float:
+    """Seconds that a stage may take: a budget is the student's, so that runs with and without a teacher share it."""
+    if experiment.train.max_minutes is None or stage.role != "student":
         return math.inf
-    return 60 * experiment.train.max_minutes - sum(run.info.get("seconds", {}).values())
+    mine = {s.name for s in experiment.train_stages if s.role == "student"}
+    return 60 * experiment.train.max_minutes - sum(s for name, s in run.info.get("seconds", {}).items() if name in mine)
 
 
-def _keep(run: Run, stage: TrainStage, built: Built, state: Progress) -> None:
+def _keep(run: Run, experiment: Experiment, stage: TrainStage, built: Built, state: Progress) -> None:
     """Saves the weights that the stage keeps, and ships them where the stage's role says so."""
     folder = run.stage_dir(stage.name)
     which = "best" if stage.keep == "best" and (folder / "checkpoints" / "best.pt").exists() else "last"
     model = built.method.finalize()
     model.net.load_state_dict(checkpoint.student_weights(folder / "checkpoints", which))
     save_model(model, folder / "model")
-    if stage.role in ("student", "teacher"):
+    if stage.role == "teacher" or stage == experiment.student_stage:
         save_model(model, run / stage.role)
     runs.write_json(
         folder / "result.json",
@@ -149,10 +156,15 @@ def summarize(run: Run, experiment: Experiment, data: Data) -> dict[str, Any]:
         split, notes = "train", ["there is neither a test nor a validation split: the training split is measured"]
     best = evaluate_run(run, experiment, split=split, data=data)
     last = evaluate_run(run, experiment, split=split, checkpoint="last", data=data, with_teacher=False)
-    stage = [s for s in experiment.train_stages if s.role == "student"][-1]
+    stage = experiment.student_stage
     result = runs.read_json(run.stage_dir(stage.name) / "result.json")
     lines = [line for line in run.metrics() if line["stage"] == stage.name]
-    kept = next((line for line in lines if line["epoch"] == result["best_epoch"]), None)
+    epoch = result["best_epoch"] if result["kept"] == "best" else result["epochs"]
+    kept = next((line for line in lines if line["epoch"] == epoch), None)
+    if result["finished"] != "all epochs done":
+        notes.append(
+            f"stage {stage.name} ended after {result['epochs']} of {stage.epochs} epochs: {result['finished']}"
+        )
     model = load_model(run / "student")
     return {
         "run": str(run),
@@ -164,7 +176,7 @@ def summarize(run: Run, experiment: Experiment, data: Data) -> dict[str, Any]:
         "threads": experiment.train.threads,
         "student": _about(model) | {
             "kept": result["kept"],
-            "best": {"epoch": result["best_epoch"], "val": kept["val"] if kept else {}, split: best["metrics"]},
+            "best": {"epoch": epoch, "val": kept["val"] if kept else {}, split: best["metrics"]},
             "last": {split: last["metrics"]},
         },
         "teacher": _teacher_summary(run, experiment, data, best, split),
@@ -182,7 +194,7 @@ def _about(model: Model) -> dict[str, Any]:
 def _teacher_summary(
     run: Run, experiment: Experiment, data: Data, measured: dict[str, Any], split: str
 ) -> dict[str, Any] | None:
-    specs = experiment.train_stages[-1].teachers
+    specs = experiment.student_stage.teachers
     if not specs or measured["teacher"] is None:
         return None
     models = [build.build_model(s, data, "teacher", lambda name: run.stage_dir(name) / "model") for s in specs]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -53,7 +54,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
@@ -102,7 +112,7 @@ class Run:
     @property
     def artefacts(self) -> list[Path]:
         """The finished artefact directories, by name."""
-        return sorted(p.parent for p in self.path.glob("artefacts/*/manifest.json"))
+        return sorted(p.parent for p in self.path.glob("artefacts/[!.]*/manifest.json"))
 
     def stage_dir(self, name: str) -> Path:
         return self.path / "stages" / name
@@ -115,7 +125,7 @@ class Run:
     def append_metrics(self, line: dict[str, Any]) -> int:
         """Appends one line to metrics.jsonl and returns the size of the file after it."""
         with open(self / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
             file.flush()
             return file.tell()
 
@@ -133,21 +143,26 @@ class Run:
         path = self / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the run for this process; a second process is refused. The lock dies with its process."""
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Holds the run for this process; a second process is refused."""
+        return locked(self / "run.lock", str(self))
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Holds a lock file for this process; a second process is refused. The lock dies with its process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock: there nothing is guarded
+        yield
+        return
+    with open(path, "w") as file:
         try:
-            import fcntl
-        except ImportError:  # Windows has no flock: the run is then not guarded
-            yield
-            return
-        with open(self / "run.lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                hint = "wait for it, or stop it first"
-                raise KdctlError(f"{self} is in use by another kdctl process", hint=hint) from None
-            yield
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            hint = "wait for it, or stop it first"
+            raise KdctlError(f"{what} is in use by another kdctl process", hint=hint) from None
+        yield
 
 
 # ----------------------------------------------------------------------------------------------------------- creating
@@ -164,12 +179,13 @@ def create(
     group: str | None = None,
     parent: str | None = None,
     run_dir: Path | None = None,
-    code: list[Path] | None = None,
+    files: dict[str, Path] | None = None,
     root: Path = ROOT,
 ) -> Run:
     """Makes a run directory that can be resumed from the moment it has its name.
 
-    config is the resolved experiment, source the file the user wrote, code the user's own component files.
+    config is the resolved experiment, source the file the user wrote, files what else it is given: name in the run ->
+    file to copy (the user's own components, a teacher that another run of the group trained).
     Raises UsageError when `run_dir` exists and is not empty.
     """
     home = run_dir.parent if run_dir else root / name
@@ -182,9 +198,9 @@ def create(
         os.chmod(aside, 0o755)
         (aside / "config.yaml").write_text(config, encoding="utf-8")
         (aside / "config.source.yaml").write_text(source, encoding="utf-8")
-        for file in code or []:
-            (aside / "code").mkdir(exist_ok=True)
-            shutil.copyfile(file, aside / "code" / file.name)
+        for place, file in (files or {}).items():
+            (aside / place).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, aside / place)
         write_json(aside / "env.json", environment())
         info: dict[str, Any] = {
             "format": FORMAT, "name": name, "number": None, "role": role, "group": group, "seed": seed,
@@ -256,10 +272,16 @@ def is_run(path: Path) -> bool:
     return (path / "run.json").is_file() and (path / "config.yaml").is_file()
 
 
+def holds_model(weights: str) -> bool:
+    """Whether weights are kdctl's own: a run directory, or a file with its record beside it."""
+    path = Path(weights)
+    return path.is_dir() or (path.suffix in {".safetensors", ".json"} and path.with_suffix(".json").is_file())
+
+
 def all_runs(root: Path = ROOT) -> list[Run]:
     """Every run under `root` whose run.json can be read, oldest first."""
     created = []
-    for path in root.glob("*/*/run.json"):
+    for path in root.glob("*/[!.]*/run.json"):
         with contextlib.suppress(MissingError, KeyError, TypeError):
             created.append((str(Run(path.parent).info["created"]), path.parent))
     return [Run(path) for _, path in sorted(created)]
@@ -275,9 +297,10 @@ def find(text: str | None = None, root: Path = ROOT) -> Run:
     for path in (Path(text), root / text):
         if is_run(path):
             return Run(path)
-        numbered = sorted(p for p in path.glob("[0-9]*") if is_run(p)) if path.is_dir() else []
-        if numbered:
-            return Run(numbered[-1])
+        numbered = [Run(p) for p in path.glob("[0-9]*") if p.name.isdigit() and is_run(p)]
+        main = [run for run in numbered if run.info["role"] == "main"]
+        if main:
+            return max(main, key=lambda run: int(run.path.name))
     known = [str(run) for run in all_runs(root)]
     hint = did_you_mean(text, known) or "`kdctl list runs` shows what is there"
     raise MissingError(f"there is no run at '{text}'", hint=hint)

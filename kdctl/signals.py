@@ -5,6 +5,7 @@ Shapes: N samples, C classes, H x W pixels, L tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,3 +86,12 @@ class Signals:
         """The feature at a tap, in float32 or better."""
         value = self.features[tap]
         return value if value.dtype == torch.float64 else value.float()
+
+
+def find_logits(outputs: Any) -> Any:
+    """The logits in what a model returns: the output itself, its `logits`, or the first of a tuple."""
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        return outputs["logits"]
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    return outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs

@@ -37,6 +37,7 @@ ORDER = [
     ["compress"],
     ["artefacts"],
     ["pipeline"],
+    ["control"],
     ["experiment", "smoke"],
     ["search"],
     ["cli"],

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def parameters(model: nn.Module) -> int:
-    """Trainable numbers, each counted once where modules share it."""
+    """Numbers in parameters, each counted once where modules share it."""
     return sum(p.numel() for p in model.parameters())
 
 

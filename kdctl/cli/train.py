@@ -89,7 +89,11 @@ def _show_run(document: dict[str, Any]) -> None:
 
 
 def _row(metrics: dict[str, float], names: list[str]) -> list[str]:
-    return [f"{metrics[name]:.2f}" if name != "nll" else f"{metrics[name]:.4f}" for name in names]
+    return [_number(metrics[name], 4 if name == "nll" else 2) for name in names]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _show_group(document: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from kdctl.config.schema import (
     TrainStage,
 )
 from kdctl.config.yaml_io import Document, KeyPath
+from kdctl.runs import holds_model
 
 C = TypeVar("C", bound=Component)
 _STAGE = TrainStage()
@@ -75,7 +76,9 @@ def complete(spec: C, group: str, keep: Sequence[str] = ()) -> C:
     kind = str(spec.arguments["target"]) if group == "exporters" else spec.kind
     signature = registry.signature(registry.find(group, kind))
     given = {signature.aliases.get(name, name): value for name, value in spec.arguments.items()}
-    filled = defaults(signature)
+    # Weights with a record say themselves what they are: a default would contradict them.
+    recorded = isinstance(spec, ModelSpec) and spec.weights is not None and holds_model(spec.weights)
+    filled = {} if recorded else defaults(signature)
     known = {**filled, **given}
     ordered = {name: known[name] for name in signature.arguments if name in known}
     rest = {name: value for name, value in given.items() if name not in ordered}

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from kdctl.config.types import Fraction, NonNegative, NonNegativeInt, PathStr, Positive, PositiveInt, Precision, Tap
+from kdctl.errors import ConfigError, Problem
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
 """What can name a run or a stage: it becomes a folder."""
@@ -239,7 +240,7 @@ class RunSettings(Section):
     layout: Literal["auto", "contiguous", "channels_last"] = "auto"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     threads: PositiveInt | Literal["auto"] = "auto"
-    max_minutes: Positive | None = Field(None, description="a time budget for the whole run")
+    max_minutes: Positive | None = Field(None, description="time to train the student; teachers are not counted")
 
 
 class TrainSettings(RunSettings, Keeping):
@@ -277,6 +278,15 @@ class Experiment(_Common):
     @property
     def train_stages(self) -> list[TrainStage]:
         return [s for s in self.stages if isinstance(s, TrainStage)]
+
+    @property
+    def student_stage(self) -> TrainStage:
+        """The stage whose student is shipped: the last one that trains the student."""
+        mine = [s for s in self.train_stages if s.role == "student"]
+        if not mine:
+            hint = "role: student is what a stage has when it does not say"
+            raise ConfigError(Problem("no stage trains the student", key="stages", hint=hint))
+        return mine[-1]
 
     @property
     def output_stages(self) -> list[OutputStage]:

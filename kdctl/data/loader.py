@@ -20,7 +20,7 @@ from kdctl.data import counter
 from kdctl.data.augment import Augment, Views
 from kdctl.data.base import ArraySplit, ItemSplit, Split
 from kdctl.errors import KdctlError, Problem
-from kdctl.signals import Batch
+from kdctl.signals import IGNORE, Batch
 
 CLEAN = -1
 """The view number of a sample that is not augmented."""
@@ -73,11 +73,18 @@ class TrainLoader:
         last = steps - 1
         rows = [order[s * size : None if s == last else (s + 1) * size] for s in range(start_step, steps)]
         for part, images in _fetched(self.split, rows, num_workers(self.workers, self.split)):
-            index = self.split.index[part].to(self.device, non_blocking=True)
-            view = self.views.at(epoch, index)
-            images = self.augment(images.to(self.device, non_blocking=True), index, view)
-            targets = self.split.targets[part].to(self.device, non_blocking=True)
-            yield Batch(as_float(images), targets, index, view)
+            yield self._batch(part, images, epoch)
+
+    def few(self, count: int) -> Batch:
+        """A batch of at most `count` samples as epoch 0 shows them, labelled ones where there are any."""
+        order = torch.argsort((self.split.targets == IGNORE).to(torch.int8), stable=True)[:count]
+        return self._batch(order, self.split.fetch(order), 0)
+
+    def _batch(self, rows: Tensor, images: Tensor, epoch: int) -> Batch:
+        index = self.split.index[rows].to(self.device, non_blocking=True)
+        view = self.views.at(epoch, index)
+        images = self.augment(images.to(self.device, non_blocking=True), index, view)
+        return Batch(as_float(images), self.split.targets[rows].to(self.device, non_blocking=True), index, view)
 
 
 def clean_batches(
@@ -138,6 +145,7 @@ def _fetched(split: Split, batches: list[Tensor], workers: int) -> Iterator[tupl
         num_workers=min(workers, len(batches)),
         worker_init_fn=_start_worker,
         collate_fn=_unchanged,  # type: ignore[arg-type]
+        generator=torch.Generator().manual_seed(0),  # else it draws from the generator of dropout
     )
     with _worker_deaths():
         items = iter(decoded)

@@ -18,6 +18,7 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.num_updates = 0
+        self._names = _names(module)
         self._average = {name: value.detach().clone() for name, value in _tensors(module).items()}
 
     @torch.no_grad()
@@ -46,7 +47,8 @@ class EMA:
             self._average[name].copy_(own)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_updates": self.num_updates, "average": dict(self._average)}
+        average = {name: self._average[first] for name, first in self._names.items()}
+        return {"num_updates": self.num_updates, "average": average}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -54,6 +56,12 @@ class EMA:
         self.num_updates = state["num_updates"]
         for name, average in self._average.items():
             average.copy_(state["average"][name])
+
+
+def _names(module: nn.Module) -> dict[str, str]:
+    """Every name of a saved tensor -> the name that it is averaged under, where modules share it."""
+    first = {id(t): name for name, t in _tensors(module).items()}
+    return {name: first[id(t)] for name, t in module.state_dict(keep_vars=True).items() if id(t) in first}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

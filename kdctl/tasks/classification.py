@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from kdctl.errors import ConfigError, Problem
-from kdctl.signals import IGNORE, Batch, Signals
+from kdctl.signals import IGNORE, Batch, Signals, find_logits
 from kdctl.tasks.base import Metric, Task
 
 ECE_BINS = 15
@@ -42,7 +42,7 @@ class Classification(Task):
 
         Raises ConfigError where there are none of that shape.
         """
-        logits = _logits(outputs)
+        logits = find_logits(outputs)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch.size:
             got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             message = f"classification needs logits of shape ({batch.size}, classes); the model gave {got}"
@@ -162,13 +162,3 @@ def _array(values: ArrayLike) -> NDArray[np.float64]:
 def _log_softmax(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     shifted = rows - rows.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-
-
-def _logits(outputs: Any) -> Any:
-    if isinstance(outputs, Tensor):
-        return outputs
-    if isinstance(outputs, Mapping) and "logits" in outputs:
-        return outputs["logits"]
-    if hasattr(outputs, "logits"):
-        return outputs.logits
-    return outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kdctl.errors import ConfigError, Problem
 from kdctl.models.record import Model
 from kdctl.signals import Batch, Signals
 from kdctl.taps import Taps
@@ -17,12 +18,17 @@ class LiveTeacher:
 
     It is no nn.Module on purpose: nothing that walks the trained modules (train(), optimizers, checkpoints) can reach
     it. Runs under no_grad, not inference mode: losses save its outputs for their backward pass.
-    Features are those of a single teacher; an ensemble has logits alone.
+    Features are those of a single teacher; an ensemble has logits alone, and taps on it raise ConfigError.
     """
 
     def __init__(self, models: Sequence[Model], task: Task, taps: Sequence[str] = ()) -> None:
         self.models = list(models)
         self.task = task
+        if len(self.models) > 1 and taps:
+            message = (
+                f"{len(self.models)} teachers have no common features, and a term taps {', '.join(sorted(set(taps)))}"
+            )
+            raise ConfigError(Problem(message, key="teacher", hint="features are those of a single teacher"))
         for model in self.models:
             model.eval().requires_grad_(False)
         self._taps = Taps(self.models[0].net, sorted(set(taps)))
