@@ -86,7 +86,7 @@ def build_model(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str
         model = records.build_model(_record(spec, data))
         if spec.weights:
             load_weights(model.net, "pretrained" if spec.weights == "pretrained" else Path(spec.weights), spec.mapping)
-    _check_fits(model.record, data, key)
+    check_fits(model.record, data, key)
     return model
 
 
@@ -108,6 +108,12 @@ def _record(spec: ModelSpec, data: Data) -> ModelRecord:
         normalize=normalize,
         input_size=spec.input_size,
     )
+
+
+def build_teachers(stage: TrainStage, data: Data, seed: int, stage_file: Callable[[str], Path]) -> list[Model]:
+    """The teachers of a stage; a declared control without weights is the same random net whenever it is built."""
+    seed_everything(seed, stage.name, "teacher")
+    return [build_model(spec, data, "teacher", stage_file) for spec in stage.teachers]
 
 
 def _check_record(spec: ModelSpec, record: ModelRecord, data: Data, key: str) -> None:
@@ -140,7 +146,8 @@ def _check_classes(record: ModelRecord, data: Data, key: str) -> None:
     raise ConfigError(Problem(message, key=key, hint="name weights that were trained on these classes in this order"))
 
 
-def _check_fits(record: ModelRecord, data: Data, key: str) -> None:
+def check_fits(record: ModelRecord, data: Data, key: str) -> None:
+    """Refuses a model for other images or another number of classes than the data have."""
     if record.num_classes != len(data.class_names):
         message = f"the model has {record.num_classes} classes, the data {len(data.class_names)}"
         raise ConfigError(Problem(message, key=key, hint="name weights that were trained on these classes"))
@@ -173,8 +180,13 @@ def _dry_run(
     """
     trial = copy.deepcopy(student).eval()
     taps = Taps(trial.net, sorted({s for term in terms for s, _ in term.loss.taps}))
-    with taps.recording() as features:
-        outputs = task.forward(trial, batch)
+    try:
+        with taps.recording() as features:
+            outputs = task.forward(trial, batch)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        message = f"the model cannot take images of shape {tuple(batch.inputs.shape[1:])}: {error}"
+        hint = "student.input_size resizes images to what the model was made for, for example 224"
+        raise ConfigError(Problem(message, key="student", hint=hint)) from error
     seen = task.signals(outputs, batch, features)
     signals = None if teacher is None else teacher(batch)
     if signals is not None and signals.logits.shape != seen.logits.shape:
@@ -237,7 +249,7 @@ def build_stage(
     student = records.load_model(start) if start else build_model(spec, data, "student", stage_file)
     for path in stage.frozen:
         _submodule(student.net, path).requires_grad_(False)
-    teachers = [build_model(t, data, "teacher", stage_file) for t in stage.teachers]
+    teachers = build_teachers(stage, data, settings.seed, stage_file)
 
     seed_everything(settings.seed, stage.name, "terms")
     terms = _build_terms(stage.losses)

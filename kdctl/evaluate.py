@@ -139,8 +139,9 @@ def evaluate_run(
     checkpoint: str = "best",
     data: Data | None = None,
     with_teacher: bool = True,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Measures a run's student and its teacher on the same samples, both loaded from disk, in fp32 on the CPU.
+    """Measures a run's student and its teacher on the same samples, both loaded from disk, in fp32.
 
     Writes eval/<split>.json and the predictions beside it for the shipped weights (`best`); `last` only returns.
     Raises MissingError when the split or the student's weights are not there.
@@ -150,9 +151,10 @@ def evaluate_run(
     task = build.build_task(experiment)
     size = experiment.data.eval_batch_size
     student = load_student(run, experiment, checkpoint)
-    predictions = predict(TorchPredictor(student), samples, size)
+    build.check_fits(student.record, data, "student")
+    predictions = predict(TorchPredictor(student, device), samples, size)
     document = describe(predictions, task, data) | {"split": split, "checkpoint": checkpoint}
-    teacher, notes = predict_teacher(run, experiment, data, samples) if with_teacher else (None, [])
+    teacher, notes = predict_teacher(run, experiment, data, samples, device) if with_teacher else (None, [])
     document["teacher"] = None if teacher is None else metrics(teacher, task)
     document["agreement"] = None if teacher is None else float(task.agreement(predictions.logits, teacher.logits))
     document["notes"] = notes
@@ -165,7 +167,7 @@ def evaluate_run(
     return document
 
 
-def evaluate_config(experiment: Experiment, split: str = "test") -> dict[str, Any]:
+def evaluate_config(experiment: Experiment, split: str = "test", device: str = "cpu") -> dict[str, Any]:
     """Measures the student that a file names with its weights, without a run: nothing is trained or written.
 
     Raises MissingError where the student has no weights.
@@ -175,7 +177,7 @@ def evaluate_config(experiment: Experiment, split: str = "test") -> dict[str, An
         raise MissingError(Problem("the student has no weights to measure", key="student.weights", hint=hint))
     data, task = build.build_data(experiment), build.build_task(experiment)
     student = build.build_model(experiment.student, data, "student")
-    predictions = predict(TorchPredictor(student), choose_split(data, split), experiment.data.eval_batch_size)
+    predictions = predict(TorchPredictor(student, device), choose_split(data, split), experiment.data.eval_batch_size)
     return describe(predictions, task, data) | {"split": split, "teacher": None, "agreement": None, "notes": []}
 
 
@@ -206,17 +208,23 @@ def load_student(run: Run, experiment: Experiment, checkpoint: str = "best") -> 
     return model
 
 
+def load_teachers(run: Run, experiment: Experiment, data: Data) -> list[Model]:
+    """The teachers of the stage that made the shipped student. Raises MissingError where one is not there."""
+    stage = experiment.student_stage
+    return build.build_teachers(stage, data, experiment.train.seed, lambda name: run.stage_dir(name) / "model")
+
+
 def predict_teacher(
-    run: Run, experiment: Experiment, data: Data, samples: Split
+    run: Run, experiment: Experiment, data: Data, samples: Split, device: str = "cpu"
 ) -> tuple[Predictions | None, list[str]]:
     """What the last stage's teacher says of a split, the mean of the logits of several; a note when it is not there."""
     specs = experiment.student_stage.teachers
     if not specs:
         return None, []
     try:
-        teachers = [build.build_model(s, data, "teacher", lambda name: run.stage_dir(name) / "model") for s in specs]
+        teachers = load_teachers(run, experiment, data)
     except MissingError as error:
         return None, [f"the teacher was not measured: {error}"]
-    each = [predict(TorchPredictor(t), samples, experiment.data.eval_batch_size) for t in teachers]
+    each = [predict(TorchPredictor(t, device), samples, experiment.data.eval_batch_size) for t in teachers]
     each[0].logits = np.mean([p.logits for p in each], axis=0, dtype=np.float32)
     return each[0], []

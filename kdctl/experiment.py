@@ -63,8 +63,8 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
 def resume(run: Run, reporter: Reporter, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Continues an unfinished run, and the group it belongs to; overrides such as data.root=... hold for this time."""
     info = run.info
-    if info["group"] is not None and Path(info["group"]).exists():
-        group = Path(info["group"])
+    group = run.path.parent / (info.get("group") or "")
+    if group.is_file():
         experiment = load_experiment(group.with_suffix(".yaml"), require_files=False).experiment
         return _run_group(group, experiment, reporter, overrides)
     if info["status"] == "done":
@@ -84,12 +84,13 @@ def _create_run(
     group: str | None,
     run_dir: Path | None = None,
     files: dict[str, Path] | None = None,
+    root: Path = runs.ROOT,
 ) -> Run:
     local, code = _with_local_code(experiment)
     return runs.create(
         experiment.name, dump_yaml(local), source,
         stages=[s.name for s in experiment.stages], seed=experiment.train.seed, role=role, group=group,
-        run_dir=run_dir, files=code | (files or {}),
+        run_dir=run_dir, files=code | (files or {}), root=root,
     )  # fmt: skip
 
 
@@ -145,17 +146,19 @@ def _run_group(
 ) -> dict[str, Any]:
     """Runs every member that is not done, then sums the group up; the group file is rewritten after each step."""
     with runs.locked(group.with_suffix(".lock"), f"group {group}"):
-        document = runs.read_json(group)
+        document, root = runs.read_json(group), group.parent.parent.parent
         first: Run | None = None
         for member in document["members"]:
             if member["run"] is None:
                 run = _made_before(group, member)
                 if run is None:
                     mine, files = _member(experiment, member["role"], member["seed"], first)
-                    run = _create_run(mine, document["source"], member["role"], str(group.resolve()), files=files)
-                member["run"] = str(run.path.resolve())
+                    run = _create_run(
+                        mine, document["source"], member["role"], f"groups/{group.name}", files=files, root=root
+                    )
+                member["run"] = run.path.name
                 runs.write_json(group, document)
-            run = Run(Path(member["run"]))
+            run = Run(group.parent.parent / member["run"])
             if run.info["status"] != "done":
                 reporter.say(f"{member['role']} run {run}, seed {member['seed']}")
                 _run_member(run, group, member, document, reporter, overrides)
@@ -167,9 +170,9 @@ def _run_group(
 
 def _made_before(group: Path, member: dict[str, Any]) -> Run | None:
     """The run of a member that was made just before this process's forerunner died."""
-    for run in runs.all_runs(group.parent.parent.parent):
+    for run in map(Run, sorted(p for p in group.parent.parent.glob("[0-9]*") if runs.is_run(p))):
         info = run.info
-        if (info["group"], info["role"], info["seed"]) == (str(group.resolve()), member["role"], member["seed"]):
+        if (info["group"], info["role"], info["seed"]) == (f"groups/{group.name}", member["role"], member["seed"]):
             return run
     return None
 
@@ -200,7 +203,7 @@ def summarize_group(members: list[dict[str, Any]], group: Path, experiment: Expe
     task = build_task(experiment)
     by_role: dict[str, dict[int, Run]] = {"main": {}, "control": {}}
     for member in members:
-        by_role[member["role"]][member["seed"]] = Run(Path(member["run"]))
+        by_role[member["role"]][member["seed"]] = Run(group.parent.parent / member["run"])
     seeds = []
     for seed, run in by_role["main"].items():
         baseline = by_role["control"].get(seed)
@@ -209,7 +212,7 @@ def summarize_group(members: list[dict[str, Any]], group: Path, experiment: Expe
             row["baseline"] = _measured(baseline, "student") | {"run": str(baseline)}
             row["baseline"]["agreement"] = _agreement(baseline, run, task)
         seeds.append(row)
-    lead = runs.read_json(Run(Path(members[0]["run"])) / "summary.json")
+    lead = runs.read_json(by_role["main"][members[0]["seed"]] / "summary.json")
     values = [row["student"]["test"][task.primary] for row in seeds]
     summary: dict[str, Any] = {"metric": task.primary, "student": stats.interval(values).as_dict()}
     verdict = "no control was run: --with-baseline trains the same student without its teacher"

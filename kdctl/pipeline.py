@@ -15,7 +15,7 @@ from kdctl.config.schema import Experiment, OutputStage, TrainStage
 from kdctl.data.prepare import Data, stratified
 from kdctl.device import apply_threads
 from kdctl.errors import Interrupted
-from kdctl.evaluate import evaluate_run, validate
+from kdctl.evaluate import evaluate_run, load_teachers, validate
 from kdctl.fit import Progress, Reporter, StopSignal, fit
 from kdctl.models.record import Model, load_model, save_model
 from kdctl.runs import Run
@@ -34,7 +34,7 @@ def run_stages(run: Run, experiment: Experiment, reporter: Reporter, data: Data 
         run.update(status="running")
         try:
             apply_threads(experiment.train)
-            result = _run_stages(run, experiment, reporter, stop, data or build.build_data(experiment))
+            result = _run_stages(run, experiment, _Logged(run, reporter), stop, data or build.build_data(experiment))
         except (Interrupted, KeyboardInterrupt) as stopped:
             run.update(status="interrupted")
             if isinstance(stopped, Interrupted):
@@ -45,6 +45,23 @@ def run_stages(run: Run, experiment: Experiment, reporter: Reporter, data: Data 
             raise
         run.update(status="done")
         return result
+
+
+class _Logged(Reporter):
+    """Keeps in log.txt what a run tells, whoever else hears it."""
+
+    def __init__(self, run: Run, reporter: Reporter) -> None:
+        self.run, self.reporter = run, reporter
+        self.step = reporter.step  # type: ignore[method-assign]
+
+    def say(self, text: str) -> None:
+        self.run.log(text)
+        self.reporter.say(text)
+
+    def epoch(self, line: dict[str, Any], epochs: int) -> None:
+        terms = ", ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
+        self.run.log(f"{line['stage']} epoch {line['epoch']}/{epochs}: loss {line['loss']:.4f} ({terms})")
+        self.reporter.epoch(line, epochs)
 
 
 def _run_stages(run: Run, experiment: Experiment, reporter: Reporter, stop: StopSignal, data: Data) -> dict[str, Any]:
@@ -194,10 +211,9 @@ def _about(model: Model) -> dict[str, Any]:
 def _teacher_summary(
     run: Run, experiment: Experiment, data: Data, measured: dict[str, Any], split: str
 ) -> dict[str, Any] | None:
-    specs = experiment.student_stage.teachers
-    if not specs or measured["teacher"] is None:
+    if measured["teacher"] is None:
         return None
-    models = [build.build_model(s, data, "teacher", lambda name: run.stage_dir(name) / "model") for s in specs]
+    models = load_teachers(run, experiment, data)
     kinds = [model.record.kind for model in models]
     parameters = sum(cost.parameters(model.net) for model in models)
     return {"kind": " + ".join(kinds), "parameters": parameters, split: measured["teacher"]}

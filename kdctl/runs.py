@@ -28,6 +28,8 @@ from kdctl.errors import KdctlError, MissingError, Problem, UsageError, did_you_
 
 FORMAT = 1
 ROOT = Path("runs")
+RESERVED = ("latest", "groups")
+"""Names under ROOT that mean something else."""
 Status = Literal["running", "interrupted", "failed", "done"]
 
 
@@ -94,7 +96,11 @@ class Run:
     @property
     def info(self) -> dict[str, Any]:
         """run.json: format, name, number, role, group, seed, parent, status, stages, created, command."""
-        return read_json(self / "run.json")
+        path = self / "run.json"
+        info = read_json(path)
+        if not isinstance(info, dict) or not {"role", "status", "created"} <= set(info):
+            raise MissingError(Problem("the file is damaged: it is not the record of a run", file=str(path)))
+        return info
 
     def update(self, **changes: Any) -> dict[str, Any]:
         """Changes fields of run.json and returns the whole."""
@@ -188,6 +194,8 @@ def create(
     file to copy (the user's own components, a teacher that another run of the group trained).
     Raises UsageError when `run_dir` exists and is not empty.
     """
+    if name in RESERVED:
+        raise UsageError(f"a run cannot be called '{name}'", hint="give the experiment another name:")
     home = run_dir.parent if run_dir else root / name
     if run_dir and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         hint = "name another directory, or `kdctl resume` it"
@@ -212,7 +220,8 @@ def create(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     if role == "main":
-        write_text(root / "latest", f"{path.resolve()}\n")
+        inside = path.resolve().is_relative_to(root.resolve())
+        write_text(root / "latest", f"{path.resolve().relative_to(root.resolve()) if inside else path.resolve()}\n")
     return Run(path)
 
 
@@ -308,7 +317,7 @@ def find(text: str | None = None, root: Path = ROOT) -> Run:
 
 def _latest(root: Path) -> Run:
     try:
-        named = Path((root / "latest").read_text(encoding="utf-8").strip())
+        named = root / (root / "latest").read_text(encoding="utf-8").strip()
     except OSError:
         named = None
     if named and is_run(named):

@@ -15,7 +15,7 @@ from kdctl.config.schema import DataSpec, Experiment, ModelSpec, TrainStage
 from kdctl.data.base import ArraySplit, Dataset, Split
 from kdctl.data.prepare import Data, split_dataset, stratified
 from kdctl.device import settle
-from kdctl.errors import MissingError
+from kdctl.errors import Interrupted, MissingError
 from kdctl.fit import Reporter
 from kdctl.pipeline import run_stages
 
@@ -45,7 +45,10 @@ def smoke(experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
         config = dump_yaml(short)
         names = [s.name for s in short.stages]
         run = runs.create(short.name, config, config, stages=names, seed=0, root=Path(folder))
-        run_stages(run, short, reporter, data)
+        try:
+            run_stages(run, short, reporter, data)
+        except Interrupted as stopped:
+            raise Interrupted(stopped.code - 128, "the smoke test was stopped") from None
     return {"status": "smoke", "stages": names, "notes": notes}
 
 

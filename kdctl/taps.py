@@ -235,7 +235,7 @@ def _closest(path: str, modules: Iterable[str]) -> str:
     else:
         outer = [name for name in names if "." not in name] or names
         said = "it has " + ", ".join(outer[:_LISTED]) + (", ..." if len(outer) > _LISTED else "")
-    return said + " `kdctl check FILE --deep` lists all paths"
+    return said + ""
 
 
 def _item(value: Any, key: str) -> Any:

@@ -108,3 +108,23 @@ def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
     run = make(tmp_path)
     (make(tmp_path) / "run.json").write_text("{")
     assert [r.path for r in runs.all_runs(tmp_path)] == [run.path]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '"x"'])
+def test_a_record_of_nothing_is_damaged(tmp_path: Path, content: str) -> None:
+    run = make(tmp_path)
+    (run / "run.json").write_text(content)
+    with pytest.raises(MissingError, match="damaged"):
+        _ = run.info
+
+
+def test_reserved_names_are_refused(tmp_path: Path) -> None:
+    for name in runs.RESERVED:
+        with pytest.raises(UsageError, match="cannot be called"):
+            make(tmp_path, name)
+
+
+def test_a_copied_tree_finds_its_own_latest(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert runs.find("latest", tmp_path / "b").path.resolve() == (tmp_path / "b" / "x" / "001").resolve()

@@ -23,12 +23,13 @@ def eval_(
         raise UsageError(f"--checkpoint is 'best' or 'last', not '{checkpoint}'")
     from kdctl.config.expand import load_experiment
 
+    device = _device(options)
     path = Path(what)
     if path.is_file() and path.suffix in (".yaml", ".yml"):
         experiment = load_experiment(path, options.overrides).experiment
         from kdctl.evaluate import evaluate_config
 
-        document = evaluate_config(experiment, split) | {"run": None, "config": what}
+        document = evaluate_config(experiment, split, device) | {"run": None, "config": what}
     elif (path / "manifest.json").is_file():
         run = runs.Run(path.parent.parent)
         experiment = load_experiment(run.config, options.overrides, require_files=False).experiment
@@ -48,7 +49,17 @@ def _run(run: runs.Run, options: ExperimentOptions, split: str, checkpoint: str)
     experiment = load_experiment(run.config, options.overrides, require_files=False).experiment
     from kdctl.evaluate import evaluate_run
 
-    return evaluate_run(run, experiment, split=split, checkpoint=checkpoint) | {"run": str(run)}
+    document = evaluate_run(run, experiment, split=split, checkpoint=checkpoint, device=_device(options))
+    return document | {"run": str(run)}
+
+
+def _device(options: ExperimentOptions) -> str:
+    """Where to measure: the CPU, so that numbers compare, unless --device names another."""
+    if options.device is None:
+        return "cpu"
+    from kdctl.device import choose_device
+
+    return str(choose_device(options.device))
 
 
 def show(document: dict[str, Any]) -> None:
@@ -58,7 +69,8 @@ def show(document: dict[str, Any]) -> None:
     rows = [[name, *(f"{metrics[name]:.4f}" for metrics in columns.values())] for name in document["metrics"]]
     console.print_table([f"{document['split']} ({document['samples']:,})", *columns], rows)
     if document.get("agreement") is not None:
-        console.out(f"agreement with the teacher {document['agreement']:.2f} %")
+        whom = "fp32 student" if document.get("artefact") else "teacher"
+        console.out(f"agreement with the {whom} {document['agreement']:.2f} %")
     worst = sorted(document["per_class"], key=lambda row: row["top1"])[:3]
     console.out("worst classes: " + ", ".join(f"{row['name']} {row['top1']:.1f}" for row in worst))
     for note in document.get("notes", []):

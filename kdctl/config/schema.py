@@ -157,7 +157,7 @@ class LossSpec(Component):
 
     @property
     def label(self) -> str:
-        return self.name or self.kind
+        return self.name or self.kind.rpartition(":")[2]
 
 
 class Distill(Section):
@@ -239,7 +239,7 @@ class RunSettings(Section):
     precision: Precision = Field("auto", description="arithmetic of training")
     layout: Literal["auto", "contiguous", "channels_last"] = "auto"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    threads: PositiveInt | Literal["auto"] = "auto"
+    threads: Annotated[int, Field(gt=0, le=1024)] | Literal["auto"] = "auto"
     max_minutes: Positive | None = Field(None, description="time to train the student; teachers are not counted")
 
 

@@ -161,7 +161,7 @@ def open_session(path: Path, threads: int = 1, optimized: Path | None = None) ->
     import onnxruntime
 
     if not path.is_file():
-        raise MissingError(f"there is no file {path}", hint="kdctl export and kdctl compress make one")
+        raise MissingError(f"there is no file {path}", hint="kdctl compress makes one")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1

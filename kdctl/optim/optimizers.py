@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ def build_optimizer(
     if not params:
         raise ConfigError("there is no parameter to train", hint="unfreeze a part of the student: see `frozen`")
     optimizer = registry.create("optimizers", kind, arguments, base, params=params)
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.SparseAdam) or (closure and closure.default is closure.empty):
+        hint = "sgd, adam, adamw and most of torch.optim do"
+        raise ConfigError(f"optimizer '{kind}' does not take one step from one batch's gradient", hint=hint)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer

@@ -569,9 +569,11 @@ def test_folder_fingerprint_follows_the_files(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("KDCTL_CIFAR" not in os.environ, reason="KDCTL_CIFAR names no folder with cifar-10-batches-py")
+@pytest.mark.skipif(
+    "KDCTL_CIFAR" not in os.environ, reason="KDCTL_CIFAR names no folder with cifar10/cifar-10-batches-py"
+)
 def test_real_cifar10() -> None:
-    dataset = Cifar(root=os.environ["KDCTL_CIFAR"]).load()
+    dataset = Cifar(root=Path(os.environ["KDCTL_CIFAR"], "cifar10")).load()
     assert dataset.test is not None
     assert torch.bincount(dataset.train.targets).tolist() == [5000] * 10
     assert torch.bincount(dataset.test.targets).tolist() == [1000] * 10

@@ -248,3 +248,61 @@ def test_dropout_and_decoding_workers_resume_bit_identically(
     resume(runs.Run(folder / "stopped"), Reporter())
     whole, stopped = (load_model(folder / name).net.state_dict() for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_a_random_control_teacher_is_the_same_net_whenever_it_is_measured(
+    folder: Path, experiment: Callable[..., Experiment]
+) -> None:
+    loaded = experiment("teacher={kind: digits_cnn, width: 8, control: true}")
+    document = train(Plan(loaded, ""), Reporter())
+    run = runs.Run(Path(document["run"]))
+    torch.manual_seed(5)
+    again = evaluate_run(run, load_run(run))
+    assert again["teacher"] == document["teacher"]["test"] and again["agreement"] == document["agreement"]
+    data = build.build_data(loaded)
+    taught = build.build_stage(loaded, loaded.student_stage, data, Path).teachers[0]
+    measured = build.build_teachers(loaded.student_stage, data, loaded.train.seed, Path)[0]
+    assert all(torch.equal(a, b) for a, b in zip(taught.parameters(), measured.parameters(), strict=True))
+
+
+def test_a_moved_tree_of_runs_goes_on_where_it_is(folder: Path, experiment: Callable[..., Experiment]) -> None:
+    class Dies(Reporter):
+        def say(self, text: str) -> None:
+            if text.startswith("control run"):
+                raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        train(Plan(experiment(), "", seeds=2, with_baseline=True), Dies())
+    shutil.move(folder / "runs", folder / "moved")
+    result = resume(runs.find("latest", folder / "moved"), Reporter())
+    assert len(result["seeds"]) == 2 and "gain" in result["summary"]
+    assert not (folder / "runs").exists() or not list((folder / "runs").glob("small/0*"))
+
+
+@pytest.mark.parametrize("kind", ["LBFGS", "SparseAdam"])
+def test_an_optimizer_of_another_kind_is_refused(kind: str, experiment: Callable[..., Experiment]) -> None:
+    with pytest.raises(ConfigError, match="does not take one step"):
+        train(Plan(experiment(f"optimizer={{kind: {kind}, lr: 0.1}}"), ""), Reporter())
+
+
+def test_a_model_that_cannot_take_the_images_says_so(folder: Path, experiment: Callable[..., Experiment]) -> None:
+    (folder / "big.py").write_text(
+        "from torch import nn\n\n\nclass Big(nn.Module):\n"
+        '    """Wants 224 x 224."""\n\n'
+        "    def __init__(self, *, num_classes: int) -> None:\n        super().__init__()\n"
+        "        self.fc = nn.Linear(224, num_classes)\n\n"
+        "    def forward(self, x):\n        assert x.shape[-1] == 224, 'wrong height'\n"
+        "        return self.fc(x.mean((1, 2)))\n"
+    )
+    with pytest.raises(ConfigError, match=r"cannot take images of shape \(1, 8, 8\).*wrong height"):
+        train(Plan(experiment("student={kind: './big.py:Big'}"), ""), Reporter())
+    train(Plan(experiment("student={kind: './big.py:Big', input_size: 224}"), ""), Reporter())
+
+
+def test_data_of_another_kind_are_refused_at_eval(run_it: Callable[..., Any]) -> None:
+    run, _ = run_it()
+    model = load_model(run.path)
+    model.record.image_shape = [3, 8, 8]
+    data = build.build_data(load_run(run))
+    with pytest.raises(ConfigError, match="3 channels, the data have 1"):
+        build.check_fits(model.record, data, "student")
