@@ -227,7 +227,7 @@ def _longest_module(modules: Mapping[str, nn.Module], dotted: str) -> tuple[str,
 
 
 def _closest(path: str, modules: Iterable[str]) -> str:
-    """A hint: near paths if there are any, else the first ones, and where to see all of them."""
+    """A hint: near paths if there are any, else the first ones."""
     names = [name for name in modules if name]
     close = difflib.get_close_matches(path, names, n=3, cutoff=0.6)
     if close:
@@ -235,7 +235,7 @@ def _closest(path: str, modules: Iterable[str]) -> str:
     else:
         outer = [name for name in names if "." not in name] or names
         said = "it has " + ", ".join(outer[:_LISTED]) + (", ..." if len(outer) > _LISTED else "")
-    return said + ""
+    return said
 
 
 def _item(value: Any, key: str) -> Any:

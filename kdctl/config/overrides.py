@@ -101,6 +101,9 @@ def _override(document: Document, text: str, name: str) -> None:
     if not equals or not all(segments):
         message = f"{text!r} is not an override: it takes the form a.b=c"
         raise ConfigError(Problem(message, name, hint="for example train.epochs=10"))
+    if segments[0] == "losses" and len(segments) > 1 and "losses" not in document.data and "distill" in document.data:
+        message = "the file says `distill:`, the shorthand, and has no list of losses"
+        raise ConfigError(Problem(message, name, key=address, hint="set distill.temperature or distill.alpha"))
     value, origins = read_value(written, name)
     path: KeyPath = ()
     current: Any = document.data

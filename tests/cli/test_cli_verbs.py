@@ -320,7 +320,7 @@ def test_show_diff(run, document, here):
 def test_show_a_run(document, run, here):
     path = here / "runs/mine/001"
     path.mkdir(parents=True)
-    (path / "run.json").write_text(json.dumps({"created": "2030", "role": "main"}))
+    (path / "run.json").write_text(json.dumps({"created": "2030", "role": "main", "status": "done"}))
     (path / "config.yaml").write_text(SMALL)
     for name in ("latest", "runs/mine/001", "mine"):
         assert document("show", name)["experiment"]["student"]["kind"] == "digits_cnn"

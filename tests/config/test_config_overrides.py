@@ -219,3 +219,11 @@ def test_pretrained_is_no_path(write):
         write("data: {kind: digits}\nstudent: {kind: resnet8, weights: pretrained}\n")
     ).experiment
     assert experiment.student.weights == "pretrained"
+
+
+def test_a_term_of_the_shorthand_is_addressed_by_the_shorthand(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text("data: {kind: digits}\nstudent: {kind: digits_cnn}\ndistill: {T: 4}\n")
+    with pytest.raises(ConfigError, match=r"losses\.kd\.temperature: the file says `distill:`.*distill\.temperature"):
+        load_document(path, ["losses.kd.temperature=2"])
+    assert load_document(path, ["distill.T=2"]).data["distill"]["T"] == 2
