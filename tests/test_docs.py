@@ -248,8 +248,9 @@ def test_what_is_said_to_be_missing_is_missing_and_the_rest_is_named() -> None:
 def test_links_and_scripts_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", text_of(document)):
         assert target.startswith("https://") or (ROOT / target).is_file(), target
-    for script in re.findall(r"scripts/\w+", text_of(document)):
-        assert os.access(ROOT / script, os.X_OK), script
+    for script in re.findall(r"scripts/\w+(?:/\w+)*(?:\.py)?", text_of(document)):
+        assert (ROOT / script).is_file(), script
+        assert script.endswith(".py") or os.access(ROOT / script, os.X_OK), script
 
 
 def test_exit_codes_are_those_of_the_errors() -> None:
