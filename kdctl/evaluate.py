@@ -101,9 +101,8 @@ def predict(predictor: Predictor, split: Split, batch_size: int) -> Predictions:
 
 def metrics(predictions: Predictions, task: Task) -> dict[str, float]:
     """Every metric of the task over the labelled samples of a split; percent where the task says so."""
-    labelled = predictions.targets >= 0
-    logits, targets = predictions.logits[labelled], predictions.targets[labelled]
-    return {name: float(function(logits, targets)) for name, function in task.metrics().items()}
+    said = (predictions.logits, predictions.targets)
+    return {name: float(function(*said)) for name, function in task.metrics().items()}
 
 
 @torch.inference_mode()
@@ -183,10 +182,9 @@ def evaluate_config(experiment: Experiment, split: str = "test", device: str = "
 
 def describe(predictions: Predictions, task: Task, data: Data) -> dict[str, Any]:
     """Samples, metrics and the metric of each class."""
-    labelled = predictions.targets >= 0
-    rows = task.per_class(predictions.logits[labelled], predictions.targets[labelled])
+    rows = task.per_class(predictions.logits, predictions.targets)
     rows = [{"name": name} | row for name, row in zip(data.class_names, rows, strict=True)]
-    return {"samples": int(labelled.sum()), "metrics": metrics(predictions, task), "per_class": rows}
+    return {"samples": int((predictions.targets >= 0).sum()), "metrics": metrics(predictions, task), "per_class": rows}
 
 
 def choose_split(data: Data, name: str) -> Split:
