@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from kdctl.cli import console
 from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
-from kdctl.errors import Interrupted, UsageError
+from kdctl.errors import ConfigError, Interrupted, UsageError
 
 
 def train(
@@ -36,7 +36,12 @@ def train(
         return Reply(run_smoke(loaded.experiment, reporter), show)
     source = Path(config).read_text(encoding="utf-8")
     plan = experiment.Plan(loaded.experiment, source, seeds, with_baseline, Path(run_dir) if run_dir else None)
-    return reply(lambda: experiment.train(plan, reporter))
+    try:
+        return reply(lambda: experiment.train(plan, reporter))
+    except ConfigError as error:
+        from kdctl.config.overrides import located
+
+        raise ConfigError(*(located(loaded.document, problem) for problem in error.problems)) from error
 
 
 def reply(work: Callable[[], dict[str, Any]]) -> Reply:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,31 @@ def _step(current: Any, path: KeyPath, segment: str, problem: Problem) -> str | 
     every = [n for known in names for n in known]
     allowed = ", ".join(dict.fromkeys(every)) or "the list is empty"
     raise fail(f"`{where}` has no item named '{segment}'; there are: {allowed}", did_you_mean(segment, every))
+
+
+def located(document: Document, problem: Problem) -> Problem:
+    """The problem with the place in the file that its key names, or the nearest thing around it that was written.
+
+    For what shows only once models and data are there: a tap that does not exist, class counts that cannot match.
+    """
+    if problem.file is not None or problem.key is None:
+        return problem
+    path: KeyPath = ()
+    current: Any = document.data
+    for segment in problem.key.split("."):
+        if isinstance(current, list):
+            group = LIST_GROUPS.get(str(path[-1])) if path else None
+            found = [i for i, item in enumerate(current) if segment in _names(item, group)]
+            key: str | int | None = found[0] if len(found) == 1 else None
+        else:
+            key = segment if isinstance(current, dict) and segment in current else None
+        if key is None:
+            break
+        path, current = (*path, key), current[key]
+    origin = document.origin(path) if path else None
+    if origin is None:
+        return replace(problem, file=document.main or None)
+    return replace(problem, file=origin.file, line=origin.key_line or origin.line)
 
 
 def _names(item: Any, group: str | None) -> list[str]:

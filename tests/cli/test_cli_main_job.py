@@ -97,3 +97,18 @@ def test_a_named_directory_is_used_once(call: Any) -> None:
 def test_smoke_leaves_nothing_behind(call: Any) -> None:
     assert document(call("train", "job.yaml", "--smoke", "--json"))["stages"] == ["teacher", "student"]
     assert not Path("runs").exists()
+
+
+def test_what_shows_only_at_the_start_still_has_its_line(call: Any) -> None:
+    text = "losses:\n  - {kind: ce}\n  - {kind: logit_mse, weight: 0.5}\n  - {kind: fitnet, taps: [layer9]}\n"
+    Path("job.yaml").write_text(FILE.replace("distill: {T: 4, alpha: 0.9}\n", text))
+    code, _, err = call("train", "job.yaml", "teacher={kind: digits_cnn, width: 8, control: true}")
+    assert code == 3 and "layer9" in err and "job.yaml:" in err
+    Path("broken.py").write_text(
+        "from kdctl.losses.base import Loss\n\n\nclass Broken(Loss):\n"
+        "    def forward(self, student, teacher, batch):\n        return student.rows().detach().sum()\n"
+    )
+    Path("job.yaml").write_text(FILE.replace("distill: {T: 4, alpha: 0.9}\n", text.replace(
+        "{kind: fitnet, taps: [layer9]}", "{kind: './broken.py:Broken', name: mine}")))  # fmt: skip
+    code, _, err = call("train", "job.yaml", "teacher={kind: digits_cnn, width: 8, control: true}")
+    assert code == 3 and "job.yaml:9: losses.mine: no gradient" in err
