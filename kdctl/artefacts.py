@@ -20,7 +20,7 @@ from kdctl.config.schema import Experiment, OutputStage
 from kdctl.data.loader import as_float
 from kdctl.data.prepare import Data
 from kdctl.errors import GateError, MissingError, Problem
-from kdctl.evaluate import Floats, Predictions, TorchPredictor, choose_split, metrics, predict
+from kdctl.evaluate import Floats, Predictions, TorchPredictor, metrics, predict
 from kdctl.export import manifest
 from kdctl.export.base import Exporter
 from kdctl.export.onnx import Onnx, inspect, record_metadata
@@ -92,7 +92,7 @@ def evaluate_artefact(run: Run, experiment: Experiment, artefact: Path, split: s
     """
     made = manifest.verify(artefact)
     data, task = build.build_data(experiment), build.build_task(experiment)
-    samples, size = choose_split(data, split), experiment.data.eval_batch_size
+    samples, size = data.split(split), experiment.data.eval_batch_size
     predictor = _open(made["target"], artefact / made["model"])
     predictions = predict(predictor, samples, size)
     student = predict(TorchPredictor(evaluate.load_student(run, experiment)), samples, size)
@@ -167,7 +167,7 @@ def _measure(
     """The artefact on the whole test split, beside fp32 in PyTorch and fp32 in the same runtime, all from disk."""
     task, size = build.build_task(experiment), experiment.data.eval_batch_size
     split = "test" if data.test is not None else "val"
-    samples = choose_split(data, split)
+    samples = data.split(split)
     with tempfile.TemporaryDirectory() as other:
         plain = Path(other) / Onnx.file_name
         _convert(Onnx(), student, data, plain)

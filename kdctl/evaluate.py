@@ -146,7 +146,7 @@ def evaluate_run(
     Raises MissingError when the split or the student's weights are not there.
     """
     data = data or build.build_data(experiment)
-    samples = choose_split(data, split)
+    samples = data.split(split)
     task = build.build_task(experiment)
     size = experiment.data.eval_batch_size
     student = load_student(run, experiment, checkpoint)
@@ -176,7 +176,7 @@ def evaluate_config(experiment: Experiment, split: str = "test", device: str = "
         raise MissingError(Problem("the student has no weights to measure", key="student.weights", hint=hint))
     data, task = build.build_data(experiment), build.build_task(experiment)
     student = build.build_model(experiment.student, data, "student")
-    predictions = predict(TorchPredictor(student, device), choose_split(data, split), experiment.data.eval_batch_size)
+    predictions = predict(TorchPredictor(student, device), data.split(split), experiment.data.eval_batch_size)
     return describe(predictions, task, data) | {"split": split, "teacher": None, "agreement": None, "notes": []}
 
 
@@ -185,16 +185,6 @@ def describe(predictions: Predictions, task: Task, data: Data) -> dict[str, Any]
     rows = task.per_class(predictions.logits, predictions.targets)
     rows = [{"name": name} | row for name, row in zip(data.class_names, rows, strict=True)]
     return {"samples": int((predictions.targets >= 0).sum()), "metrics": metrics(predictions, task), "per_class": rows}
-
-
-def choose_split(data: Data, name: str) -> Split:
-    """The split of that name. Raises MissingError, naming those there are."""
-    splits = {"train": data.train, "val": data.val, "test": data.test}
-    split = splits.get(name)
-    if split is None:
-        there = ", ".join(n for n, s in splits.items() if s is not None)
-        raise MissingError(f"there is no split '{name}'; there are: {there}")
-    return split
 
 
 def load_student(run: Run, experiment: Experiment, checkpoint: str = "best") -> Model:

@@ -32,7 +32,9 @@ def compress(
     gates = {name: v for name, v in (("max_drop", max_drop), ("min_speedup", min_speedup)) if v is not None}
     if recipe is not None:
         wanted = recipes.read_recipe(Path(recipe))
-        wanted.data["compress"][-1].update(gates)
+        last = wanted.data["compress"][-1]
+        if isinstance(last, dict):  # anything else is refused with the rest of the recipe
+            last.update(gates)
     else:
         wanted = recipes.stage_of_options(kind="quantize", dtype=quantize, **gates)
     experiment, stages = recipes.with_stages(found.config, options.overrides, wanted)
@@ -41,8 +43,8 @@ def compress(
 
     documents = [pipeline.compress(found, experiment, stage) for stage in stages]
     missed = [error for error in map(artefacts.check_gates, documents) if error is not None]
-    last = documents[-1] if len(documents) == 1 else documents[-1] | {"stages": documents}
-    return Reply(last, show, missed[0] if missed else None)
+    document = documents[-1] if len(documents) == 1 else documents[-1] | {"stages": documents}
+    return Reply(document, show, missed[0] if missed else None)
 
 
 def show(document: dict[str, Any]) -> None:

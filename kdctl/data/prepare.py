@@ -19,7 +19,7 @@ from kdctl import registry
 from kdctl.config.schema import Component, DataSpec, StageData
 from kdctl.data import counter
 from kdctl.data.base import Dataset, Shape, Split, joined
-from kdctl.errors import ConfigError, Problem
+from kdctl.errors import ConfigError, MissingError, Problem
 from kdctl.signals import IGNORE
 
 Labels = int | Literal["all"]
@@ -52,10 +52,10 @@ class Data:
         return len(self.whole)
 
     def split(self, name: str) -> Split:
-        """train, val or test. Raises ConfigError where there is no such split."""
+        """train, val or test. Raises MissingError where there is no such split."""
         there = {n: s for n, s in (("train", self.train), ("val", self.val), ("test", self.test)) if s is not None}
         if name not in there:
-            raise ConfigError(f"the data have no split '{name}'; there are: {', '.join(there)}")
+            raise MissingError(f"the data have no split '{name}'; there are: {', '.join(there)}")
         return there[name]
 
     def class_counts(self) -> list[int]:

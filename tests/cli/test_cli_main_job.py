@@ -87,6 +87,15 @@ def test_errors_have_their_codes(call: Any) -> None:
     assert document((code, out, ""), 7)["errors"][0]["key"] == "losses"
 
 
+def test_a_recipe_that_is_no_list_of_stages_is_refused(call: Any) -> None:
+    assert call("train", "job.yaml", "train.epochs=1", "-q")[0] == 0
+    Path("recipe.yaml").write_text("compress: [quantize]\n")
+    code, _, err = call("compress", "--recipe", "recipe.yaml", "--max-drop", "1")
+    assert code == 3 and "recipe.yaml:1" in err
+    assert call("eval", "--device", "cuda:77")[0] == 4
+    assert call("eval", "--split", "valid")[0] == 4
+
+
 def test_a_named_directory_is_used_once(call: Any) -> None:
     assert call("train", "job.yaml", "train.epochs=1", "--run-dir", "mine", "-q")[2] == ""
     code, _, err = call("train", "job.yaml", "--run-dir", "mine")

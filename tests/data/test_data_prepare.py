@@ -12,7 +12,7 @@ import torch
 from kdctl.config.schema import Component, DataSpec, StageData
 from kdctl.data.base import ArraySplit, ItemSplit
 from kdctl.data.prepare import Data, prepare, stratified
-from kdctl.errors import ConfigError
+from kdctl.errors import ConfigError, MissingError
 from kdctl.signals import IGNORE
 
 PER_CLASS = [40, 40, 20, 100]
@@ -55,7 +55,7 @@ def test_validation_is_carved_by_class(archive: str) -> None:
 def test_no_validation(archive: str) -> None:
     data = prepared(archive, val_fraction=0.0)
     assert data.val is None and len(data.train) == 200
-    with pytest.raises(ConfigError, match="no split 'val'; there are: train, test"):
+    with pytest.raises(MissingError, match="no split 'val'; there are: train, test"):
         data.split("val")
     assert data.split("test") is data.test
     with pytest.raises(ConfigError, match="leaves nothing"):
