@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdctl import registry
+from kdctl import ranks, registry
 from kdctl.config.schema import Experiment, LossSpec, ModelSpec, Normalize, TeacherSpec, TrainStage
 from kdctl.data.augment import Augment
 from kdctl.data.loader import TrainLoader
@@ -31,6 +31,8 @@ from kdctl.runs import holds_model
 from kdctl.signals import Batch, Signals
 from kdctl.taps import Taps
 from kdctl.tasks.base import Task
+from kdctl.teachers.base import Teacher
+from kdctl.teachers.ensemble import Ensemble
 from kdctl.teachers.live import LiveTeacher
 
 IMAGENET = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
@@ -47,9 +49,14 @@ class Built:
     method: Method
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int, int, int], float]
-    teachers: list[Model]
+    teacher: Teacher | None
     device: torch.device
     precision: str
+
+    @property
+    def teachers(self) -> list[Model]:
+        """The models that teach."""
+        return [] if self.teacher is None else self.teacher.models
 
 
 def build_task(experiment: Experiment) -> Task:
@@ -172,7 +179,7 @@ def _build_terms(specs: Sequence[LossSpec]) -> list[Term]:
 
 
 def _dry_run(
-    student: Model, teacher: LiveTeacher | None, terms: Sequence[Term], task: Task, batch: Batch, num_samples: int
+    student: Model, teacher: Teacher | None, terms: Sequence[Term], task: Task, batch: Batch, num_samples: int
 ) -> None:
     """Makes the adapters of every term from real shapes, then proves that each term's gradient reaches the student.
 
@@ -239,8 +246,10 @@ def build_stage(
     start: Path | None = None,
 ) -> Built:
     """All objects of one training stage. `start` is the stem of the weights it starts from, None for fresh ones."""
-    settings = experiment.train
+    settings, everyone = experiment.train, ranks.current()
     device = choose_device(settings.device)
+    if device.type == "cuda" and everyone.size > 1:
+        device = torch.device("cuda", everyone.local)
     task = build_task(experiment)
     data = data.for_stage(stage.data)
     spec = stage.student or experiment.student
@@ -249,7 +258,7 @@ def build_stage(
     student = records.load_model(start) if start else build_model(spec, data, "student", stage_file)
     for path in stage.frozen:
         _submodule(student.net, path).requires_grad_(False)
-    teachers = build_teachers(stage, data, settings.seed, stage_file)
+    models = build_teachers(stage, data, settings.seed, stage_file)
 
     seed_everything(settings.seed, stage.name, "terms")
     terms = _build_terms(stage.losses)
@@ -257,21 +266,30 @@ def build_stage(
     taps = [t for term in terms for _, t in term.loss.taps]
     loader = _loader(experiment, stage, data, device)
     first = _on_cpu(loader.few(_DRY_RUN_SAMPLES))
-    live = LiveTeacher(teachers, task, taps) if teachers else None
-    _dry_run(student, live, terms, task, first, data.index_size)
+    teacher = _teacher([LiveTeacher(model, task, taps) for model in models], taps)
+    _dry_run(student, teacher, terms, task, first, data.index_size)
 
+    if device.type == "cuda" and everyone.size > 1:
+        student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
     layout = torch.channels_last if settings.layout == "channels_last" else torch.contiguous_format
-    for model in (student, *teachers):
+    for model in (student, *models):
         model.to(device=device).to(memory_format=layout)  # type: ignore[call-overload]
     for term in terms:
         term.to(device)
     method: Method = registry.create(
         "methods", stage.method.kind, stage.method.arguments,
-        student=student, teacher=live, terms=terms, task=task, frozen=stage.frozen,
+        student=student, teacher=teacher, terms=terms, task=task, frozen=stage.frozen,
     )  # fmt: skip
     optimizer = build_optimizer(stage.optimizer.kind, stage.optimizer.arguments, method.trained)
     schedule = registry.create("schedules", stage.schedule.kind, stage.schedule.arguments)
-    return Built(task, data, loader, method, optimizer, schedule.factor, teachers, device, str(settings.precision))
+    return Built(task, data, loader, method, optimizer, schedule.factor, teacher, device, str(settings.precision))
+
+
+def _teacher(members: Sequence[Teacher], taps: Sequence[str]) -> Teacher | None:
+    """One teacher of several; None of none."""
+    if len(members) > 1:
+        return Ensemble(members, taps)
+    return members[0] if members else None
 
 
 def _submodule(net: nn.Module, path: str) -> nn.Module:

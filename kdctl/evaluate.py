@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdctl import build, runs
+from kdctl import build, ranks, runs
 from kdctl import checkpoint as checkpoints
 from kdctl import device as devices
 from kdctl.config.schema import Experiment
@@ -109,19 +109,22 @@ def metrics(predictions: Predictions, task: Task) -> dict[str, float]:
 def validate(
     model: Model, split: Split, task: Task, device: torch.device, batch_size: int, precision: str
 ) -> dict[str, float]:
-    """Metrics of a model in training, in its own precision, leaving its modes as they were."""
+    """Metrics of a model in training, in its own precision, leaving its modes as they were.
+
+    Of several processes each takes its part of the split and has the metrics of the whole, every sample counted once.
+    """
+    everyone = ranks.current()
+    own = split if everyone.size == 1 else split.subset(torch.arange(len(split))[everyone.part(len(split))])
     was_training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        logits, targets, index = [], [], []
-        for batch in clean_batches(split, batch_size=batch_size, device=device):
+        logits = []
+        for batch in clean_batches(own, batch_size=batch_size, device=device):
             with devices.autocast(device, precision):
                 outputs = task.forward(model, batch)
             logits.append(task.signals(outputs, batch).logits.float())
-            targets.append(batch.targets)
-            index.append(batch.index)
-        gathered = Predictions(*(torch.cat(parts).cpu().numpy() for parts in (logits, targets, index)))
-        return metrics(gathered, task)
+        said = everyone.gathered(torch.cat(logits).cpu())
+        return metrics(Predictions(said.numpy(), split.targets.numpy(), split.index.numpy()), task)
     finally:
         for name, module in model.named_modules():
             module.training = was_training[name]

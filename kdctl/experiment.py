@@ -19,9 +19,9 @@ from kdctl.config.schema import Experiment
 from kdctl.control import control, with_shared_teachers
 from kdctl.device import settle
 from kdctl.errors import ConfigError, KdctlError, MissingError
-from kdctl.fit import Reporter
 from kdctl.pipeline import run_stages
 from kdctl.runs import Run
+from kdctl.watch import Reporter
 
 
 @dataclass(frozen=True)

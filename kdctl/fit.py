@@ -5,63 +5,24 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdctl import checkpoint
+from kdctl import checkpoint, ranks
 from kdctl.build import Built, seed_everything
+from kdctl.clock import Clock
 from kdctl.config.schema import TrainStage
-from kdctl.device import autocast
-from kdctl.errors import DivergedError, Interrupted, OutOfMemoryError, Problem
 from kdctl.evaluate import validate
 from kdctl.optim.ema import EMA
 from kdctl.runs import Run
 from kdctl.signals import Batch
-
-
-class Reporter:
-    """What a run tells while it works; this one is silent. The command line shows progress with its own."""
-
-    def say(self, text: str) -> None:
-        """A line for the reader."""
-
-    def step(self, stage: str, epoch: int, epochs: int, step: int, steps: int) -> None:
-        """One optimizer step is done."""
-
-    def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        """One epoch is done; `line` is what metrics.jsonl got."""
-
-
-class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads; the second one stops at once."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._catch)
-        return self
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
-            raise KeyboardInterrupt
-        self.number = number
-
-    def check(self, where: str) -> None:
-        """Raises Interrupted when a stop was asked for."""
-        if self.number is not None:
-            raise Interrupted(self.number, f"stopped {where}")
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+from kdctl.step import Step, Sums, diverged
+from kdctl.watch import Reporter, StopSignal
 
 
 @dataclass
@@ -78,12 +39,49 @@ class Progress:
     """Samples seen in this epoch."""
     epoch_seconds: float = 0.0
     metrics_bytes: int = 0
+    parts: int = 1
+    """Micro-batches a step."""
     finished: str = ""
     """Why the stage ended, empty while it has not."""
-    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    """The weighted loss, summed over the steps of this epoch; below, each term's sum and count."""
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, Tensor] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+    """Seconds of this stage by what they were spent on (clock.SECTIONS)."""
+    loss: Tensor | float = 0.0
+    """This process's share of the weighted loss over the steps of this epoch; below, each term's sum and count."""
+    sums: dict[str, Tensor | float] = field(default_factory=dict)
+    counts: dict[str, Tensor | float] = field(default_factory=dict)
+
+    def add(self, step: Sums) -> None:
+        """Counts one more step; waits for no device."""
+        self.loss = self.loss + step.loss
+        for name, value in step.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        for name, count in step.counts.items():
+            self.counts[name] = self.counts.get(name, 0.0) + count
+
+
+@dataclass
+class Loop:
+    """What the loop of one stage works with."""
+
+    built: Built
+    stage: TrainStage
+    run: Run
+    budget: float
+    eval_batch_size: int
+    stop: StopSignal
+    reporter: Reporter
+    clock: Clock
+    step: Step
+    ema: EMA | None
+    state: Progress
+
+    @property
+    def folder(self) -> Path:
+        return self.run.stage_dir(self.stage.name) / "checkpoints"
+
+    def spent(self) -> bool:
+        """Whether the time budget is."""
+        return self.state.seconds + self.state.epoch_seconds >= self.budget
 
 
 def fit(
@@ -92,148 +90,128 @@ def fit(
 ) -> Progress:  # fmt: skip
     """Trains one stage to its end, or from its last checkpoint to its end.
 
-    budget is the number of seconds that the stage may take in all.
-    Raises DivergedError before an update with a non-finite loss, Interrupted after saving on SIGINT or SIGTERM,
-    OutOfMemoryError when a step does not fit.
+    budget is the number of seconds that the stage may take in all. With several processes each calls this; the first
+    one writes. Raises DivergedError before anything with a non-finite loss is saved, Interrupted after saving on
+    SIGINT or SIGTERM, OutOfMemoryError when a step does not fit.
     """
-    folder = run.stage_dir(stage.name) / "checkpoints"
+    clock = Clock(built.device)
+    built.method.clock = clock
+    state = Progress(metrics_bytes=run.metrics_size(), parts=stage.accumulate)
+    step = Step(built, stage, clock, reporter, state.parts)
     ema = EMA(built.method.student.net, stage.ema) if stage.ema else None
-    scaler = torch.amp.GradScaler(built.device.type, enabled=built.precision == "fp16")
-    seed_everything(seed, stage.name, "train")
-    state = Progress(metrics_bytes=run.metrics_size())
-    if (folder / "last.pt").exists():
-        state = _restore(folder / "last.pt", built, ema, scaler, run)
+    loop = Loop(built, stage, run, budget, eval_batch_size, stop, reporter, clock, step, ema, state)
+    rank = ranks.current().rank
+    seed_everything(seed, stage.name, "train", *([f"rank {rank}"] if rank else []))
+    if (loop.folder / "last.pt").exists():
+        _restore(loop)
     else:
-        _save(folder / "last.pt", built, ema, scaler, state)
+        _save(loop)
 
-    while not state.finished:
-        _train_epoch(built, stage, state, ema, scaler, budget, stop, reporter)
-        if state.step == len(built.loader) or _spent(state, budget):
-            _end_epoch(built, stage, state, ema, folder, run, eval_batch_size, reporter)
-            state.finished = _why_finished(stage, state, budget)
-        _save(folder / "last.pt", built, ema, scaler, state)
-        stop.check(f"in epoch {state.epoch + 1} of stage {stage.name}; `kdctl resume {run}` continues")
-    return state
+    while not loop.state.finished:
+        stopped = _train_epoch(loop)
+        if loop.state.step == len(built.loader) or not stopped:
+            _end_epoch(loop)
+        _save(loop)
+        if stopped:  # perhaps by a signal that only another process got
+            stop.number = stop.number or signal.SIGTERM
+            stop.check(f"in epoch {loop.state.epoch + 1} of stage {stage.name}; `kdctl resume {run}` continues")
+    return loop.state
 
 
-def _train_epoch(
-    built: Built, stage: TrainStage, state: Progress, ema: EMA | None, scaler: torch.amp.GradScaler,
-    budget: float, stop: StopSignal, reporter: Reporter,
-) -> None:  # fmt: skip
-    """The rest of one epoch, step by step; returns early when a stop is asked for or the time budget is spent."""
-    steps = len(built.loader)
-    total = stage.epochs * steps
+def _train_epoch(loop: Loop) -> bool:
+    """The rest of one epoch, step by step; returns early when the time budget is spent, or a stop was asked for: then
+    what it returns is true, in every process."""
+    built, stage, state, stop = loop.built, loop.stage, loop.state, loop.stop
+    steps, everyone = len(built.loader), ranks.current()
     built.method.train()
-    began = time.monotonic()
-    before = state.epoch_seconds
-    for batch in built.loader.epoch(state.epoch, start_step=state.step):
+    began, before = time.monotonic(), state.epoch_seconds
+    for batch in _timed(built.loader.epoch(state.epoch, start_step=state.step), loop.clock):
         done = state.epoch * steps + state.step
-        factor = built.schedule(done, total, steps)
+        factor = built.schedule(done, stage.epochs * steps, steps)
         for group in built.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        try:
-            _step(built, stage, batch, done / steps, state, scaler)
-        except torch.OutOfMemoryError:
-            hint = f"train.accumulate={2 * stage.accumulate} halves the memory and keeps the loss"
-            raise OutOfMemoryError("a training step does not fit into memory", hint=hint) from None
-        if ema is not None:
-            ema.update(built.method.student.net)
+        state.add(loop.step(batch, done / steps))
+        state.parts = loop.step.parts
+        if loop.ema is not None:
+            with loop.clock.section("optimizer"):
+                loop.ema.update(built.method.student.net)
         state.step += 1
         state.samples += batch.size
         state.epoch_seconds = before + time.monotonic() - began
-        reporter.step(stage.name, state.epoch, stage.epochs, state.step, steps)
-        if stop.number is not None or _spent(state, budget):
+        loop.reporter.step(stage.name, state.epoch, stage.epochs, state.step, steps)
+        if everyone.any(stop.number is not None):
+            return True
+        if everyone.any(loop.spent()):
+            return False
+    return False
+
+
+def _timed(batches: Iterable[Batch], clock: Clock) -> Iterator[Batch]:
+    """The same batches; waiting for one counts as `data`."""
+    waiting = iter(batches)
+    while True:
+        with clock.section("data"):
+            batch = next(waiting, None)
+        if batch is None:
             return
+        yield batch
 
 
-def _spent(state: Progress, budget: float) -> bool:
-    return state.seconds + state.epoch_seconds >= budget
-
-
-def _step(
-    built: Built, stage: TrainStage, batch: Batch, epoch: float, state: Progress, scaler: torch.amp.GradScaler
-) -> None:
-    """One update: every term's sum divided by its count over the whole batch, whatever the micro-batches."""
-    method = built.method
-    counts = method.counts(batch)
-    weights = method.weights(epoch)
-    for micro in batch.split(stage.accumulate):
-        with autocast(built.device, built.precision):
-            sums = method.step(micro, epoch)
-        if not sums:  # every weight is zero at this moment
-            continue
-        loss = torch.stack([weights[name] * value / _at_least_one(counts[name]) for name, value in sums.items()]).sum()
-        if not torch.isfinite(loss):
-            raise DivergedError(Problem(_name_the_term(sums, state), key="losses"))
-        scaler.scale(loss).backward()
-        state.loss += loss.detach().cpu().double()
-        for name, value in sums.items():
-            state.sums[name] = state.sums.get(name, torch.zeros((), device=loss.device)) + value.detach().float()
-    for name in sums:
-        state.counts[name] = state.counts.get(name, torch.zeros(())) + counts[name]
-    if stage.clip_norm is not None:
-        scaler.unscale_(built.optimizer)
-        torch.nn.utils.clip_grad_norm_(method.parameters(), stage.clip_norm)
-    scaler.step(built.optimizer)
-    scaler.update()
-    built.optimizer.zero_grad(set_to_none=True)
-
-
-def _at_least_one(count: int | Tensor) -> int | Tensor:
-    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
-
-
-def _name_the_term(sums: dict[str, Tensor], state: Progress) -> str:
-    bad = [name for name, value in sums.items() if not torch.isfinite(value)] or list(sums)
-    return (
-        f"the loss is not finite in epoch {state.epoch + 1}, step {state.step + 1}: {', '.join(bad)}; "
-        "stopped before the update. Try a lower optimizer.lr, schedule.warmup_epochs or train.clip_norm"
-    )
-
-
-def _end_epoch(
-    built: Built, stage: TrainStage, state: Progress, ema: EMA | None, folder: Path, run: Run,
-    eval_batch_size: int, reporter: Reporter,
-) -> None:  # fmt: skip
-    """Validates, keeps the best weights, and writes the epoch's line of metrics.jsonl."""
+def _end_epoch(loop: Loop) -> None:
+    """Validates, keeps the best weights, writes the epoch's line of metrics.jsonl, and says whether the stage ends."""
+    built, state, stage = loop.built, loop.state, loop.stage
     began = time.monotonic()
-    student = built.method.student
+    loss, samples, sums = _totals(state)
+    if not math.isfinite(loss):  # on CUDA not every step is looked at
+        raise diverged([n for n, v in sums.items() if not math.isfinite(v)] or list(sums), f"epoch {state.epoch + 1}")
     val: dict[str, float] = {}
     if built.data.val is not None:
-        with _averaged(ema, built):
-            val = validate(student, built.data.val, built.task, built.device, eval_batch_size, built.precision)
+        with loop.clock.section("evaluation"), _averaged(loop):
+            size, precision = loop.eval_batch_size, built.precision
+            val = validate(built.method.student, built.data.val, built.task, built.device, size, precision)
     state.epoch += 1
     value = val.get(built.task.primary, math.nan)
     best = value > state.best_value
     if best:
         state.best_epoch, state.best_value = state.epoch, value
-        with _averaged(ema, built):
-            checkpoint.save(folder / "best.pt", {"student": student.net.state_dict(), "epoch": state.epoch})
-    terms = {name: float(state.sums[name]) / max(float(state.counts[name]), 1.0) for name in state.sums}
+        with _averaged(loop):
+            _write(loop, "best.pt", {"student": built.method.student.net.state_dict(), "epoch": state.epoch})
+    times = loop.clock.take()
+    state.times = {name: state.times.get(name, 0.0) + times.get(name, 0.0) for name in {**state.times, **times}}
     line = {
         "stage": stage.name,
         "epoch": state.epoch,
         "lr": built.optimizer.param_groups[0]["lr"],
-        "loss": float(state.loss) / max(state.step, 1),
-        "terms": terms,
+        "loss": loss / max(state.step, 1),
+        "terms": {name: value / max(float(state.counts[name]), 1.0) for name, value in sums.items()},
         "val": val,
         "best": best,
         "seconds": round(state.epoch_seconds, 4),
         "eval_seconds": round(time.monotonic() - began, 4),
-        "samples_per_second": round(state.samples / max(state.epoch_seconds, 1e-9), 2),
+        "samples_per_second": round(samples / max(state.epoch_seconds, 1e-9), 2),
+        "times": {name: round(seconds, 4) for name, seconds in times.items()},
     }
-    state.metrics_bytes = run.append_metrics(line)
+    if ranks.current().first:
+        state.metrics_bytes = loop.run.append_metrics(line)
     state.seconds += state.epoch_seconds + time.monotonic() - began
     state.step, state.samples, state.epoch_seconds = 0, 0, 0.0
-    state.loss, state.sums, state.counts = torch.zeros((), dtype=torch.float64), {}, {}
-    reporter.epoch(line, stage.epochs)
+    state.loss, state.sums, state.counts = 0.0, {}, {}
+    state.finished = _why_finished(loop)
+    loop.reporter.epoch(line, stage.epochs)
+
+
+def _totals(state: Progress) -> tuple[float, int, dict[str, float]]:
+    """The loss, the samples and each term's sum of this epoch until now, over all processes."""
+    own = [float(value) for value in (state.loss, state.samples, *state.sums.values())]
+    loss, samples, *sums = ranks.current().total(torch.tensor(own, dtype=torch.float64)).tolist()
+    return loss, int(samples), dict(zip(state.sums, sums, strict=True))
 
 
 class _averaged:
     """Puts the averaged weights into the student for a while; nothing without EMA."""
 
-    def __init__(self, ema: EMA | None, built: Built) -> None:
-        self.ema, self.net = ema, built.method.student.net
+    def __init__(self, loop: Loop) -> None:
+        self.ema, self.net = loop.ema, loop.built.method.student.net
 
     def __enter__(self) -> None:
         if self.ema is not None:
@@ -244,12 +222,13 @@ class _averaged:
             self.ema.swap(self.net)
 
 
-def _why_finished(stage: TrainStage, state: Progress, budget: float) -> str:
+def _why_finished(loop: Loop) -> str:
+    state, stage = loop.state, loop.stage
     if state.epoch >= stage.epochs:
         return "all epochs done"
     if stage.early_stop is not None and state.epoch - state.best_epoch >= stage.early_stop:
         return f"early stop: no better validation since epoch {state.best_epoch}"
-    if _spent(state, budget):
+    if ranks.current().any(loop.spent()):
         return "time budget spent"
     return ""
 
@@ -257,28 +236,42 @@ def _why_finished(stage: TrainStage, state: Progress, budget: float) -> str:
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def _save(path: Path, built: Built, ema: EMA | None, scaler: torch.amp.GradScaler, state: Progress) -> None:
-    checkpoint.save(
-        path,
-        {
-            "trained": built.method.trained.state_dict(),
-            "optimizer": built.optimizer.state_dict(),
-            "ema": ema.state_dict() if ema else None,
-            "scaler": scaler.state_dict(),
-            "random": checkpoint.random_state(built.device),
-            "progress": asdict(state),
-        },
-    )
+def _save(loop: Loop) -> None:
+    built = loop.built
+    if built.teacher is not None:
+        built.teacher.flush()
+    loss, samples, sums = _totals(loop.state)
+    random = ranks.current().collected(checkpoint.random_state(built.device))
+    state: dict[str, Any] = {
+        "trained": built.method.trained.state_dict(),
+        "optimizer": built.optimizer.state_dict(),
+        "ema": loop.ema.state_dict() if loop.ema else None,
+        "scaler": loop.step.scaler.state_dict(),
+        "random": random,
+        "progress": asdict(loop.state) | {"loss": loss, "samples": samples, "sums": sums},
+    }
+    _write(loop, "last.pt", state)
 
 
-def _restore(path: Path, built: Built, ema: EMA | None, scaler: torch.amp.GradScaler, run: Run) -> Progress:
-    saved = checkpoint.load(path, built.device)
+def _write(loop: Loop, name: str, state: dict[str, Any]) -> None:
+    """Writes a checkpoint; of several processes the first one does."""
+    if ranks.current().first:
+        checkpoint.save(loop.folder / name, state)
+
+
+def _restore(loop: Loop) -> None:
+    built, rank = loop.built, ranks.current().rank
+    saved = checkpoint.load(loop.folder / "last.pt", built.device)
     built.method.trained.load_state_dict(saved["trained"])
     built.optimizer.load_state_dict(saved["optimizer"])
-    if ema is not None:
-        ema.load_state_dict(saved["ema"])
-    scaler.load_state_dict(saved["scaler"])
-    checkpoint.restore_random_state(saved["random"], built.device)
-    state = Progress(**saved["progress"])
-    run.cut_metrics(state.metrics_bytes)
-    return state
+    if loop.ema is not None:
+        loop.ema.load_state_dict(saved["ema"])
+    loop.step.scaler.load_state_dict(saved["scaler"])
+    if rank < len(saved["random"]):
+        checkpoint.restore_random_state(saved["random"][rank], built.device)
+    loop.state = Progress(**saved["progress"])
+    loop.step.parts = loop.state.parts
+    if rank == 0:
+        loop.run.cut_metrics(loop.state.metrics_bytes)
+    else:  # what was summed before the stop is the first process's to tell
+        loop.state.loss, loop.state.sums, loop.state.samples = 0.0, {}, 0

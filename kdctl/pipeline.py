@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdctl import artefacts, build, checkpoint, runs
+from kdctl import artefacts, build, checkpoint, ranks, runs
 from kdctl.bench import cost
 from kdctl.build import Built
+from kdctl.config.dump import plain
 from kdctl.config.schema import Experiment, OutputStage, TrainStage
 from kdctl.data.prepare import Data, stratified
 from kdctl.device import apply_threads
 from kdctl.errors import Interrupted
 from kdctl.evaluate import evaluate_run, load_teachers, validate
-from kdctl.fit import Progress, Reporter, StopSignal, fit
+from kdctl.fit import Progress, fit
 from kdctl.models.record import Model, load_model, save_model
 from kdctl.runs import Run
 from kdctl.signals import IGNORE
+from kdctl.watch import Reporter, StopSignal
 
 _TEACHER_CHECK_SAMPLES = 2000
 
@@ -67,6 +70,7 @@ class _Logged(Reporter):
 def _run_stages(run: Run, experiment: Experiment, reporter: Reporter, stop: StopSignal, data: Data) -> dict[str, Any]:
     for stage in experiment.train_stages:
         if run.info["stages"].get(stage.name) != "done":
+            ranks.current().told({"run": str(run), "experiment": plain(experiment), "stage": stage.name})
             _run_train_stage(run, experiment, stage, data, reporter, stop)
             stop.check(f"after stage {stage.name}; `kdctl resume {run}` continues")
     if not (run / "summary.json").exists():
@@ -88,11 +92,44 @@ def _run_train_stage(
     run: Run, experiment: Experiment, stage: TrainStage, data: Data, reporter: Reporter, stop: StopSignal
 ) -> None:
     run.set_stage(stage.name, "running")
-    start = None if stage.start == "fresh" else run.stage_dir(stage.start) / "model"
-    built = build.build_stage(experiment, stage, data, lambda name: run.stage_dir(name) / "model", start)
+    built = _built(run, experiment, stage, data)
     _check_teachers(built, stage, experiment)
     reporter.say(_describe(stage, built))
-    state = fit(
+    state = _fit(built, run, experiment, stage, stop, reporter)
+    _keep(run, experiment, stage, built, state)
+    seconds = run.info.get("seconds", {}) | {stage.name: round(state.seconds, 3)}
+    run.update(seconds=seconds, stages=run.info["stages"] | {stage.name: "done"})
+    reporter.say(_time_spent(stage, state))
+    if state.finished != "all epochs done":
+        reporter.say(f"stage {stage.name}: {state.finished}")
+
+
+def follow() -> None:
+    """What every process but the first does: trains along in each stage that the first one starts, until it ends.
+
+    It reads the run directory (weights of earlier stages, checkpoints) and writes nothing.
+    """
+    data: Data | None = None
+    while (order := ranks.current().told()) is not None:
+        experiment = Experiment.model_validate(order["experiment"])
+        stage = next(s for s in experiment.train_stages if s.name == order["stage"])
+        run = Run(Path(order["run"]))
+        apply_threads(experiment.train)
+        data = data or build.build_data(experiment)
+        built = _built(run, experiment, stage, data)
+        with StopSignal() as stop:
+            _fit(built, run, experiment, stage, stop, Reporter())
+
+
+def _built(run: Run, experiment: Experiment, stage: TrainStage, data: Data) -> Built:
+    start = None if stage.start == "fresh" else run.stage_dir(stage.start) / "model"
+    return build.build_stage(experiment, stage, data, lambda name: run.stage_dir(name) / "model", start)
+
+
+def _fit(
+    built: Built, run: Run, experiment: Experiment, stage: TrainStage, stop: StopSignal, reporter: Reporter
+) -> Progress:
+    return fit(
         built, stage, run,
         seed=experiment.train.seed,
         eval_batch_size=experiment.data.eval_batch_size,
@@ -100,11 +137,14 @@ def _run_train_stage(
         stop=stop,
         reporter=reporter,
     )  # fmt: skip
-    _keep(run, experiment, stage, built, state)
-    seconds = run.info.get("seconds", {}) | {stage.name: round(state.seconds, 3)}
-    run.update(seconds=seconds, stages=run.info["stages"] | {stage.name: "done"})
-    if state.finished != "all epochs done":
-        reporter.say(f"stage {stage.name}: {state.finished}")
+
+
+def _time_spent(stage: TrainStage, state: Progress) -> str:
+    """Where the time of a stage went, the largest share first."""
+    whole = sum(state.times.values()) or 1.0
+    shares = sorted(state.times.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{name} {100 * seconds / whole:.0f} %" for name, seconds in shares if seconds >= 0.005 * whole)
+    return f"stage {stage.name}: {whole:.1f} s: {listed}"
 
 
 def _check_teachers(built: Built, stage: TrainStage, experiment: Experiment) -> None:

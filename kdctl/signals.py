@@ -5,8 +5,8 @@ Shapes: N samples, C classes, H x W pixels, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 IGNORE = -100
 """A target that is not there: an unlabelled sample, a padded token, a void pixel."""
+CLEAN = -1
+"""The view and the turn of samples that are not augmented."""
 
 
 @dataclass
@@ -25,6 +27,9 @@ class Batch:
     index: (N,) int64, the sample's number in its split: keys of augmentation, stores and memory banks.
     view: (N,) int64, which augmented view of the sample this is; -1 is the clean sample.
     keep: None, or a bool mask over the rows of the logits that count (tokens that are not padding).
+    split, turn, stream: name the pixels together with `index`. Each sample has one view in a turn: of `fresh` views the
+        turn is the epoch, of k or all of them it is the epoch modulo their number; -1 for clean samples. stream tells
+        several augmented versions of one view apart.
     """
 
     inputs: Any
@@ -33,6 +38,9 @@ class Batch:
     view: Tensor
     keep: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
+    split: str = "train"
+    turn: int = CLEAN
+    stream: int = 0
 
     @property
     def size(self) -> int:
@@ -42,7 +50,7 @@ class Batch:
         """How many rows of logits count: samples, or kept tokens."""
         return self.size if self.keep is None else self.keep.sum()
 
-    def split(self, parts: int) -> list[Batch]:
+    def micro_batches(self, parts: int) -> list[Batch]:
         """Micro-batches of nearly equal size, in order; fewer than `parts` when there are fewer samples."""
         if parts == 1:
             return [self]
@@ -55,8 +63,15 @@ class Batch:
                 return {k: cut(v) for k, v in value.items()}
             return value[rows]
 
-        keep = None if self.keep is None else self.keep[rows]
-        return Batch(cut(self.inputs), self.targets[rows], self.index[rows], self.view[rows], keep, cut(self.extra))
+        return replace(
+            self,
+            inputs=cut(self.inputs),
+            targets=self.targets[rows],
+            index=self.index[rows],
+            view=self.view[rows],
+            keep=None if self.keep is None else self.keep[rows],
+            extra=cut(self.extra),
+        )
 
 
 @dataclass
@@ -81,6 +96,12 @@ class Signals:
         if logits.ndim > 2:
             logits = logits.movedim(self.class_dim, -1).reshape(-1, logits.shape[self.class_dim])
         return logits if self.keep is None else logits[self.keep.reshape(-1)]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Signals:
+        """The same signals with a function applied to every tensor."""
+        features = {tap: function(value) for tap, value in self.features.items()}
+        keep = None if self.keep is None else function(self.keep)
+        return replace(self, logits=function(self.logits), features=features, keep=keep)
 
     def feature(self, tap: str) -> Tensor:
         """The feature at a tap, in float32 or better."""

@@ -16,8 +16,8 @@ from kdctl.data.base import ArraySplit, Dataset, Split
 from kdctl.data.prepare import Data, split_dataset, stratified
 from kdctl.device import settle
 from kdctl.errors import Interrupted, MissingError
-from kdctl.fit import Reporter
 from kdctl.pipeline import run_stages
+from kdctl.watch import Reporter
 
 STEPS = 2
 _MEASURED = 64

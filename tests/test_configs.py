@@ -11,8 +11,8 @@ import typer.main
 
 from kdctl.cli import app
 from kdctl.config.expand import load_experiment
-from kdctl.fit import Reporter
 from kdctl.smoke import smoke
+from kdctl.watch import Reporter
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

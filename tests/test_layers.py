@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent / "kdctl"
 ORDER = [
     ["errors"],
     ["source"],
-    ["registry", "config", "runs", "stats"],
+    ["registry", "config", "runs", "stats", "watch"],
     ["report"],
-    ["device", "taps", "signals", "torchvision_guard"],
+    ["device", "ranks", "clock", "taps", "signals", "torchvision_guard"],
     ["quant"],
     ["models", "data", "optim"],
     ["tasks"],
@@ -31,6 +31,7 @@ ORDER = [
     ["build"],
     ["checkpoint"],
     ["evaluate"],
+    ["step"],
     ["fit"],
     ["bench"],
     ["export"],
@@ -48,7 +49,7 @@ ORDER = [
 SIBLINGS = [{"models", "data", "optim"}]
 """Rooms that never import each other."""
 
-ABOVE_THE_LINE = ["errors", "source", "registry", "config", "runs", "stats", "report"]
+ABOVE_THE_LINE = ["errors", "source", "registry", "config", "runs", "stats", "watch", "report"]
 VERBS_WITHOUT_TORCH = ["init", "list", "explain", "schema", "show", "doctor"]
 SHARED_BY_VERBS = ["app", "console", "templates", "verb"]
 HEAVY = {"torch", "torchvision", "numpy"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kdctl.fit import Reporter
+from kdctl.watch import Reporter
 
 
 class TextReporter(Reporter):

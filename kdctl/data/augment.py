@@ -155,10 +155,13 @@ class Views:
         self.num_views = kind if isinstance(kind, int) else num_views if kind == "all" else None
         self._key = counter.key(counter.OFFSET, seed)
 
+    def turn(self, epoch: int) -> int:
+        """Names an epoch's views: epochs of equal turn show every sample in the same view."""
+        return epoch if self.num_views is None else epoch % self.num_views
+
     def at(self, epoch: int, index: Tensor) -> Tensor:
         """(N,) int64: the view of each sample in this epoch."""
-        if self.num_views is None:
-            return torch.full_like(index, epoch)
-        if self.kind != "all":
-            return torch.full_like(index, epoch % self.num_views)
-        return (counter.fold(self._key, index) + epoch) % self.num_views
+        turn = self.turn(epoch)
+        if self.kind != "all" or self.num_views is None:
+            return torch.full_like(index, turn)
+        return (counter.fold(self._key, index) + turn) % self.num_views

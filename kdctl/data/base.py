@@ -61,6 +61,10 @@ class ArraySplit:
         """The images at these rows: uint8 (n, C, H, W)."""
         return self.images.index_select(0, rows)
 
+    def to(self, device: torch.device) -> ArraySplit:
+        """The same samples on a device."""
+        return ArraySplit(self.images.to(device), self.targets.to(device), self.index.to(device))
+
     def subset(self, rows: Tensor) -> ArraySplit:
         """The samples at these rows, with the numbers they had."""
         return ArraySplit(self.images[rows], self.targets[rows], self.index[rows])

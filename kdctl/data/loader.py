@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 from torch.utils import data as torch_data
 
+from kdctl import ranks
 from kdctl.data import counter
 from kdctl.data.augment import Augment, Views
 from kdctl.data.base import ArraySplit, ItemSplit, Split
-from kdctl.errors import KdctlError, Problem
-from kdctl.signals import IGNORE, Batch
+from kdctl.errors import ConfigError, KdctlError, Problem
+from kdctl.signals import CLEAN, IGNORE, Batch
 
-CLEAN = -1
-"""The view number of a sample that is not augmented."""
 _MOST_WORKERS = 4
 
 
 class TrainLoader:
     """Augmented batches in an order keyed by (order_seed, epoch): every sample once an epoch.
 
-    A last batch of a single sample is joined to the one before, because batch statistics of one are none.
+    A last batch of a single sample is joined to the one before, because batch statistics of one are none; so is one of
+    fewer samples than there are processes, of which each gets its part of every batch.
     augment: None for clean images. views: which view an epoch shows (augment.Views). workers: decoding processes; data
     in memory need none and start none. Raises ConfigError where the augmentations cannot take the images or `all` has
     no finite set of views.
@@ -47,20 +47,24 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         workers: int | Literal["auto"] = "auto",
     ) -> None:
-        self.split = split
+        self.device = torch.device(device)
+        self.split = _resident(split, self.device)
         self.batch_size = batch_size
         augment = augment or Augment([])
         self.image_shape = augment.output_shape(split.image_shape)
         self.augment = augment.enumerate(split.image_shape) if views == "all" else augment
         self.views = Views(views, augment.seed, augment.num_choices(split.image_shape))
         self.order_seed = order_seed
-        self.device = torch.device(device)
         self.workers = workers
+        self._ranks = ranks.current()
+        if min(batch_size, len(split)) < self._ranks.size:
+            message = f"{min(batch_size, len(split))} samples a step are too few for {self._ranks.size} processes"
+            raise ConfigError(Problem(message, key="data.batch_size"))
 
     def __len__(self) -> int:
         """Steps an epoch."""
         steps, rest = divmod(len(self.split), self.batch_size)
-        joined = rest == 1 and steps > 0
+        joined = rest < max(2, self._ranks.size) and steps > 0
         return steps + (rest > 0 and not joined)
 
     def order(self, epoch: int) -> Tensor:
@@ -69,9 +73,10 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on: the same ones whether or not those before were taken."""
-        order, steps, size = self.order(epoch), len(self), self.batch_size
+        order, steps, size = self.order(epoch).to(self.split.targets.device), len(self), self.batch_size
         last = steps - 1
         rows = [order[s * size : None if s == last else (s + 1) * size] for s in range(start_step, steps)]
+        rows = [batch[self._ranks.part(len(batch))] for batch in rows]
         for part, images in _fetched(self.split, rows, num_workers(self.workers, self.split)):
             yield self._batch(part, images, epoch)
 
@@ -84,18 +89,24 @@ class TrainLoader:
         index = self.split.index[rows].to(self.device, non_blocking=True)
         view = self.views.at(epoch, index)
         images = self.augment(images.to(self.device, non_blocking=True), index, view)
-        return Batch(as_float(images), self.split.targets[rows].to(self.device, non_blocking=True), index, view)
+        targets = self.split.targets[rows].to(self.device, non_blocking=True)
+        return Batch(as_float(images), targets, index, view, turn=self.views.turn(epoch))
 
 
 def clean_batches(
-    split: Split, *, batch_size: int, device: torch.device | str = "cpu", workers: int | Literal["auto"] = 0
+    split: Split,
+    *,
+    batch_size: int,
+    name: str = "train",
+    device: torch.device | str = "cpu",
+    workers: int | Literal["auto"] = 0,
 ) -> Iterator[Batch]:
-    """All samples of a split as they are, in its order, with view -1."""
+    """All samples of a split as they are, in its order, with view -1. name: train, val or test."""
     rows = list(torch.arange(len(split)).split(batch_size))
     for part, images in _fetched(split, rows, num_workers(workers, split)):
         index = split.index[part].to(device)
         view = torch.full_like(index, CLEAN)
-        yield Batch(as_float(images.to(device)), split.targets[part].to(device), index, view)
+        yield Batch(as_float(images.to(device)), split.targets[part].to(device), index, view, split=name)
 
 
 def as_float(images: Tensor) -> Tensor:
@@ -124,6 +135,14 @@ class _Decoding(torch_data.Dataset[Tensor | KdctlError]):
             return self._split.fetch(rows)
         except KdctlError as error:
             return error
+
+
+def _resident(split: Split, device: torch.device) -> Split:
+    """The split on a CUDA device where it takes at most a quarter of the free memory: its batches wait for no bus."""
+    if device.type != "cuda" or not isinstance(split, ArraySplit):
+        return split
+    free, _ = torch.cuda.mem_get_info(device)
+    return split.to(device) if 4 * split.images.numel() <= free else split
 
 
 def _start_worker(_: int) -> None:

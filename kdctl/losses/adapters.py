@@ -26,6 +26,7 @@ class FeatureLoss(Loss):
     """
 
     needs_taps: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -34,6 +34,8 @@ class Loss(nn.Module):
     needs_teacher: ClassVar[bool] = True
     needs_targets: ClassVar[bool] = False
     needs_taps: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = True
+    """Whether it looks at the teacher's logits; one that compares features alone does not."""
     batchwise: ClassVar[bool] = False
     """Defined on a batch as a whole (relations, contrast): micro-batches would change it."""
     links: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from kdctl.clock import Clock
 from kdctl.losses.base import Loss
 from kdctl.models.record import Model
 from kdctl.optim.schedules import WeightSchedule
@@ -26,18 +27,24 @@ class Method:
     """Owns the modules that train and turns a batch into named sums of loss.
 
     student: the model that is validated and shipped.
-    trained: every module whose parameters the optimizer moves, by name; all of it goes into checkpoints.
+    terms: the terms of its loss. trained: every module whose parameters the optimizer moves, by name; all of it goes
+    into checkpoints. clock: where the seconds of its parts are counted.
     """
 
     student: Model
+    terms: list[Term]
     trained: nn.ModuleDict
+    clock: Clock
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
-        """What the sum of each term runs over in the whole batch."""
+        """What the sum of each term runs over in the whole batch, that of all processes."""
         raise NotImplementedError
 
     def step(self, batch: Batch, epoch: float) -> dict[str, Tensor]:
-        """The sum of each term over one micro-batch, differentiable; `epoch` is the fractional number of epochs."""
+        """The sum of each term over one micro-batch, differentiable; `epoch` is the fractional number of epochs.
+
+        With several processes: over this process's part, so that the sum of all is that of the whole batch.
+        """
         raise NotImplementedError
 
     def weights(self, epoch: float) -> dict[str, float]:

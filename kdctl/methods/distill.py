@@ -3,42 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
+from kdctl import ranks
+from kdctl.clock import Clock
 from kdctl.methods.base import Method, Term
 from kdctl.models.record import Model
+from kdctl.ranks import Ranks
 from kdctl.signals import Batch, Signals
 from kdctl.taps import Taps
 from kdctl.tasks.base import Task
-from kdctl.teachers.live import LiveTeacher
+from kdctl.teachers.base import Teacher
+
+Seen = tuple[Signals, Signals | None, Batch]
+"""What a term is called with: the student's signals, the teacher's, and the batch."""
 
 
 class Distill(Method):
     """Trains a student on the weighted sum of its terms (Hinton, Vinyals, Dean, 2015, and everything after).
 
-    The teacher is held outside the trained tree and is asked only where a term with weight needs it.
+    The teacher is held outside the trained tree and is asked only where a term with weight needs it, and only for what
+    it needs.
     """
 
     def __init__(
         self,
         *,
         student: Model,
-        teacher: LiveTeacher | None,
+        teacher: Teacher | None,
         terms: Sequence[Term],
         task: Task,
         frozen: Sequence[str] = (),
+        compiled: bool = False,
     ) -> None:
         self.student = student
         self.task = task
         self.terms = list(terms)
         self.trained = nn.ModuleDict({"student": student.net, "terms": nn.ModuleList(terms)})
+        self.clock = Clock()
         self._teacher = teacher
         self._taps = Taps(student.net, sorted({s for term in terms for s, _ in term.loss.taps}))
         self._frozen = [student.net.get_submodule(path) for path in frozen]
+        self._forward: nn.Module = student
+        if compiled:
+            self._forward = torch.compile(student, mode="reduce-overhead")  # type: ignore[assignment]
+        self._ranks = ranks.current()
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
-        return {term.name: term.loss.count(batch) for term in self.terms}
+        counts = {term.name: term.loss.count(batch) for term in self.terms}
+        if self._ranks.size == 1:
+            return counts
+        own = torch.stack([torch.as_tensor(count, device=batch.index.device).double() for count in counts.values()])
+        total: dict[str, int | Tensor] = dict(zip(counts, self._ranks.total(own), strict=True))
+        if any(term.loss.batchwise for term in self.terms):
+            whole = _whole_batch(batch, self._ranks)
+            total |= {term.name: term.loss.count(whole) for term in self.terms if term.loss.batchwise}
+        return total
 
     def weights(self, epoch: float) -> dict[str, float]:
         return {term.name: term.weight.at(epoch) for term in self.terms}
@@ -50,13 +73,43 @@ class Distill(Method):
 
     def step(self, batch: Batch, epoch: float) -> dict[str, Tensor]:
         active = [term for term in self.terms if term.weight.at(epoch) != 0]
-        teacher = self._ask_teacher(batch, active)
+        with self.clock.section("teacher"):
+            teacher = self._ask_teacher(batch, [term for term in active if term.loss.needs_teacher])
         with self._taps.recording() as features:
-            outputs = self.task.forward(self.student, batch)
+            outputs = self.task.forward(self._forward, batch)
         student = self.task.signals(outputs, batch, features)
-        return {term.name: term.loss(student, teacher, batch) for term in active}
+        apart = self._ranks.size == 1 or not any(term.loss.batchwise for term in active)
+        whole = None if apart else _whole(student, teacher, batch, self._ranks)
+        return {term.name: self._sum(term, (student, teacher, batch), whole) for term in active}
 
     def _ask_teacher(self, batch: Batch, terms: Sequence[Term]) -> Signals | None:
-        if self._teacher is None or not any(term.loss.needs_teacher for term in terms):
+        if self._teacher is None or not terms:
             return None
-        return self._teacher(batch)
+        taps = {tap for term in terms for _, tap in term.loss.taps}
+        return self._teacher(batch, taps, any(term.loss.needs_logits for term in terms))
+
+    def _sum(self, term: Term, own: Seen, whole: Seen | None) -> Tensor:
+        """The term's sum over this process's samples. One that compares samples is computed on all of them by every
+        process; its value is shared out among them, its gradient (by a process's own samples) is not."""
+        if whole is None or not term.loss.batchwise:
+            return term.loss(*own)
+        value = term.loss(*whole)
+        return value - value.detach() * (1 - 1 / self._ranks.size)
+
+
+def _whole_batch(batch: Batch, everyone: Ranks) -> Batch:
+    """The batch of all processes, but for its inputs, which stay this process's own."""
+    return replace(
+        batch,
+        targets=everyone.gathered(batch.targets),
+        index=everyone.gathered(batch.index),
+        view=everyone.gathered(batch.view),
+        keep=None if batch.keep is None else everyone.gathered(batch.keep),
+        extra={name: everyone.gathered(value) for name, value in batch.extra.items()},
+    )
+
+
+def _whole(student: Signals, teacher: Signals | None, batch: Batch, everyone: Ranks) -> Seen:
+    """What a term sees of the whole batch; gradients flow to this process's own samples."""
+    seen = None if teacher is None else teacher.map(everyone.gathered)
+    return student.map(everyone.whole), seen, _whole_batch(batch, everyone)

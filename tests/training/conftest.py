@@ -13,7 +13,7 @@ from kdctl.config.expand import load_experiment
 from kdctl.config.schema import Experiment
 from kdctl.device import settle
 from kdctl.experiment import Plan, train
-from kdctl.fit import Reporter
+from kdctl.watch import Reporter
 
 FILE = """
 name: small

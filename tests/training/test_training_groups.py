@@ -20,8 +20,8 @@ from kdctl.control import control
 from kdctl.errors import ConfigError, Interrupted, MissingError
 from kdctl.evaluate import evaluate_run
 from kdctl.experiment import Plan, load_run, resume, train
-from kdctl.fit import Reporter
 from kdctl.models.record import load_model, save_model
+from kdctl.watch import Reporter
 
 STAGES = """
 name: staged

@@ -15,9 +15,9 @@ from kdctl import checkpoint, runs
 from kdctl.config.schema import Experiment
 from kdctl.errors import Interrupted, KdctlError
 from kdctl.experiment import Plan, resume, train
-from kdctl.fit import Reporter
+from kdctl.watch import Reporter
 
-VOLATILE = ("seconds", "eval_seconds", "samples_per_second")
+VOLATILE = ("seconds", "eval_seconds", "times", "samples_per_second")
 
 
 class Crash(Exception):

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from kdctl import build, fit, runs
+from kdctl import build, runs
+from kdctl.clock import Clock
 from kdctl.config.schema import Experiment
 from kdctl.errors import ConfigError, DivergedError, MissingError
 from kdctl.evaluate import evaluate_config, evaluate_run
 from kdctl.experiment import Plan, control, train
-from kdctl.fit import Reporter
 from kdctl.models.record import load_model
+from kdctl.step import Step
+from kdctl.watch import Reporter
 
 ALONE = """
 name: alone
@@ -38,12 +40,12 @@ def stage_of(experiment: Experiment, data: Any, name: str = "student") -> build.
 
 def steps(built: build.Built, experiment: Experiment, count: int, accumulate: int = 1) -> None:
     stage = experiment.train_stages[-1].model_copy(update={"accumulate": accumulate})
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    step = Step(built, stage, Clock(), Reporter(), stage.accumulate)
     built.method.train()
     for number, batch in enumerate(built.loader.epoch(0)):
         if number == count:
             return
-        fit._step(built, stage, batch, 0.0, fit.Progress(), scaler)
+        step(batch, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ teacher
@@ -154,15 +156,14 @@ def test_an_unlabelled_batch_trains_on_the_teacher_alone(experiment: Callable[..
     built = stage_of(loaded, data)
     batch = next(built.loader.epoch(0))
     batch.targets.fill_(-100)
-    state = fit.Progress()
-    fit._step(built, loaded.train_stages[-1], batch, 0.0, state, torch.amp.GradScaler("cpu", enabled=False))
+    state = Step(built, loaded.train_stages[-1], Clock(), Reporter(), 1)(batch, 0.0)
     assert float(state.sums["supervised"]) == 0 and int(state.counts["supervised"]) == 0
     assert float(state.sums["kd"]) > 0 and int(state.counts["kd"]) == batch.size
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(folder: Path, experiment: Callable[..., Experiment]) -> None:
     loaded = experiment("optimizer={kind: sgd, lr: 1e30}", "schedule={kind: constant}", "train.epochs=5", text=ALONE)
-    with pytest.raises(DivergedError, match=r"supervised.*stopped before the update"):
+    with pytest.raises(DivergedError, match=r"supervised.*stopped before anything was saved"):
         train(Plan(loaded, ""), Reporter())
     assert runs.find("alone").info["status"] == "failed"
 

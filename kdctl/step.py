@@ -1,0 +1,169 @@
+"""One optimizer step: every term's sum divided by its count over the whole batch, whatever processes and micro-batches.
+
+Nothing here waits for the device but what has to: on CUDA a loss that is not finite is looked for every so many steps,
+elsewhere at each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kdctl import checkpoint, ranks
+from kdctl.build import Built
+from kdctl.clock import Clock
+from kdctl.config.schema import TrainStage
+from kdctl.device import autocast
+from kdctl.errors import DivergedError, OutOfMemoryError, Problem
+from kdctl.methods.base import Method
+from kdctl.signals import Batch
+from kdctl.watch import Reporter
+
+_LOOK_EVERY = 50
+"""Steps on CUDA between two looks at whether the loss is finite."""
+
+
+@dataclass
+class Sums:
+    """The loss of a step, and what it is made of: each term's sum and count. Tensors on the device, in float64."""
+
+    loss: Tensor | float = 0.0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor | int] = field(default_factory=dict)
+
+
+class _Trained(nn.Module):
+    """A method as the module that DistributedDataParallel wants: its forward pass is the method's step."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.trained = method.trained
+        self._step = method.step
+
+    def forward(self, batch: Batch, epoch: float) -> dict[str, Tensor]:
+        return self._step(batch, epoch)
+
+
+class Step:
+    """The update of what a method trains, by one batch.
+
+    parts: micro-batches of a step; doubled when one does not fit into memory. With several processes each takes its
+    part of the batch, and their gradients are summed.
+    """
+
+    def __init__(self, built: Built, stage: TrainStage, clock: Clock, reporter: Reporter, parts: int) -> None:
+        self.built, self.stage, self.clock, self.reporter, self.parts = built, stage, clock, reporter, parts
+        self.scaler = torch.amp.GradScaler(built.device.type, enabled=built.precision == "fp16")
+        self._ranks = ranks.current()
+        self._number = 0
+        self._shared: nn.parallel.DistributedDataParallel | None = None
+        if self._ranks.size > 1:
+            own = [built.device] if built.device.type == "cuda" else None
+            adapters = any(True for term in built.method.terms for _ in term.parameters())
+            self._shared = nn.parallel.DistributedDataParallel(
+                _Trained(built.method), device_ids=own, find_unused_parameters=adapters
+            )
+
+    def __call__(self, batch: Batch, epoch: float) -> Sums:
+        """Updates the weights by this batch; `epoch` is the fractional number of epochs done.
+
+        Raises DivergedError before the update where the loss is not finite, OutOfMemoryError where even the smallest
+        micro-batch does not fit.
+        """
+        while True:
+            generators = checkpoint.random_state(self.built.device)
+            try:
+                done = self._gradients(batch, epoch)
+                break
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            self.built.optimizer.zero_grad(set_to_none=True)
+            checkpoint.restore_random_state(generators, self.built.device)
+            self._take_smaller(batch)
+        with self.clock.section("optimizer"):
+            self._update()
+        return done
+
+    def _gradients(self, batch: Batch, epoch: float) -> Sums:
+        """The gradients of the whole batch, in micro-batches."""
+        method = self.built.method
+        counts, weights = method.counts(batch), method.weights(epoch)
+        done = Sums(counts={name: counts[name] for name, weight in weights.items() if weight})
+        scale = {name: weight / _at_least_one(counts[name]) for name, weight in weights.items()}
+        parts = batch.micro_batches(self.parts)
+        self._number += 1
+        for number, micro in enumerate(parts):
+            with self._syncing(number == len(parts) - 1), self.clock.section("forward"):
+                with autocast(self.built.device, self.built.precision):
+                    sums = self._forward(micro, epoch)
+                if not sums:  # every weight is zero at this moment
+                    continue
+                loss = torch.stack([scale[name] * value for name, value in sums.items()]).sum()
+                self._check_finite(loss, sums)
+                with self.clock.section("backward"):
+                    self.scaler.scale(loss * self._ranks.size).backward()
+            done.loss = done.loss + _exact(loss)
+            for name, value in sums.items():
+                done.sums[name] = done.sums.get(name, 0) + _exact(value)
+        return done
+
+    def _forward(self, batch: Batch, epoch: float) -> dict[str, Tensor]:
+        return self.built.method.step(batch, epoch) if self._shared is None else self._shared(batch, epoch)
+
+    def _syncing(self, last: bool) -> contextlib.AbstractContextManager[object]:
+        """Processes exchange gradients once a step: with the last micro-batch."""
+        return contextlib.nullcontext() if last or self._shared is None else self._shared.no_sync()
+
+    def _update(self) -> None:
+        optimizer = self.built.optimizer
+        if self.stage.clip_norm is not None:
+            self.scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(self.built.method.parameters(), self.stage.clip_norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _check_finite(self, loss: Tensor, sums: dict[str, Tensor]) -> None:
+        if loss.device.type == "cuda" and self._number % _LOOK_EVERY:
+            return
+        if not torch.isfinite(loss):
+            bad = [name for name, value in sums.items() if not torch.isfinite(value)]
+            raise diverged(bad or list(sums), f"step {self._number}")
+
+    def _take_smaller(self, batch: Batch) -> None:
+        """Halves the micro-batches after one that did not fit; the loss stays the same."""
+        term = next((t.name for t in self.built.method.terms if t.loss.batchwise), None)
+        if term is not None or self._ranks.size > 1 or 2 * self.parts > batch.size:
+            why = f"the term {term} needs the whole batch at once" if term else "smaller micro-batches are not possible"
+            hint = "a smaller data.batch_size or student needs less; so does train.precision=bf16"
+            raise OutOfMemoryError(f"a training step does not fit into memory, and {why}", hint=hint)
+        self.parts *= 2
+        if self.built.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.reporter.say(f"out of memory: {self.parts} micro-batches a step from here on; the loss stays the same")
+
+
+def diverged(names: list[str], where: str) -> DivergedError:
+    """The error of a loss that is not finite."""
+    message = (
+        f"the loss is not finite in {where}: {', '.join(names)}; "
+        "stopped before anything was saved. Try a lower optimizer.lr, schedule.warmup_epochs or train.clip_norm"
+    )
+    return DivergedError(Problem(message, key="losses"))
+
+
+def _exact(value: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return value.detach() if value.device.type == "mps" else value.detach().double()
+
+
+def _at_least_one(count: int | Tensor) -> int | Tensor:
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
