@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from kdctl import __version__
+
+_SPIN = "30000"
+"""Turns that an idle OpenMP thread waits before it sleeps. The library's own number, some milliseconds, makes several
+threads many times slower as soon as anything else wants a core: a decoding process, or another program."""
 
 
 def main() -> int:
@@ -12,6 +17,8 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         print(f"kdctl {__version__}")
         return 0
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded, which is later
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)
     from kdctl.cli.app import run
 
     return run(sys.argv[1:])

@@ -188,7 +188,7 @@ def _measure(
             }
             for name in ("before", "same_runtime", "after")
         }
-    teacher, _ = evaluate.predict_teacher(run, experiment, data, samples)
+    teacher, _ = evaluate.predict_teacher(run, experiment, data, split)
     return {
         "run": str(run),
         "runtime": predictors["after"].runtime,

@@ -32,8 +32,10 @@ from kdctl.signals import Batch, Signals
 from kdctl.taps import Taps
 from kdctl.tasks.base import Task
 from kdctl.teachers.base import Teacher
+from kdctl.teachers.cached import CachedTeacher
 from kdctl.teachers.ensemble import Ensemble
 from kdctl.teachers.live import LiveTeacher
+from kdctl.teachers.store import open_store
 
 IMAGENET = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 _DRY_RUN_SAMPLES = 8
@@ -50,13 +52,15 @@ class Built:
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int, int, int], float]
     teacher: Teacher | None
+    members: list[Teacher]
+    """Each of several teachers, whose mean `teacher` is."""
     device: torch.device
     precision: str
 
     @property
     def teachers(self) -> list[Model]:
         """The models that teach."""
-        return [] if self.teacher is None else self.teacher.models
+        return [model for member in self.members for model in member.models]
 
 
 def build_task(experiment: Experiment) -> Task:
@@ -264,10 +268,11 @@ def build_stage(
     terms = _build_terms(stage.losses)
     _check_accumulation(terms, stage)
     taps = [t for term in terms for _, t in term.loss.taps]
-    loader = _loader(experiment, stage, data, device)
+    loader = build_loader(experiment, stage, data, device)
     first = _on_cpu(loader.few(_DRY_RUN_SAMPLES))
-    teacher = _teacher([LiveTeacher(model, task, taps) for model in models], taps)
-    _dry_run(student, teacher, terms, task, first, data.index_size)
+    _dry_run(
+        student, _together([LiveTeacher(m, task, taps) for m in models], taps), terms, task, first, data.index_size
+    )
 
     if device.type == "cuda" and everyone.size > 1:
         student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
@@ -276,16 +281,32 @@ def build_stage(
         model.to(device=device).to(memory_format=layout)  # type: ignore[call-overload]
     for term in terms:
         term.to(device)
+    members = _teachers(experiment, stage, models, task, data, taps)
+    teacher = _together(members, taps)
     method: Method = registry.create(
         "methods", stage.method.kind, stage.method.arguments,
         student=student, teacher=teacher, terms=terms, task=task, frozen=stage.frozen,
+        compile=settings.compile is True,
     )  # fmt: skip
     optimizer = build_optimizer(stage.optimizer.kind, stage.optimizer.arguments, method.trained)
     schedule = registry.create("schedules", stage.schedule.kind, stage.schedule.arguments)
-    return Built(task, data, loader, method, optimizer, schedule.factor, teacher, device, str(settings.precision))
+    return Built(
+        task, data, loader, method, optimizer, schedule.factor, teacher, members, device, str(settings.precision)
+    )
 
 
-def _teacher(members: Sequence[Teacher], taps: Sequence[str]) -> Teacher | None:
+def _teachers(
+    experiment: Experiment, stage: TrainStage, models: Sequence[Model], task: Task, data: Data, taps: Sequence[str]
+) -> list[Teacher]:
+    """Each model as a teacher: with its store where the experiment keeps one, else asked at every step."""
+    live = [LiveTeacher(model, task, taps) for model in models]
+    if experiment.teacher_cache is None:
+        return list(live)
+    stores = [open_store(experiment, stage, number, model, data, taps) for number, model in enumerate(models)]
+    return [CachedTeacher(*pair) for pair in zip(live, stores, strict=True)]
+
+
+def _together(members: Sequence[Teacher], taps: Sequence[str]) -> Teacher | None:
     """One teacher of several; None of none."""
     if len(members) > 1:
         return Ensemble(members, taps)
@@ -299,7 +320,8 @@ def _submodule(net: nn.Module, path: str) -> nn.Module:
         raise ConfigError(Problem(f"the student has no module '{path}'", key="frozen")) from None
 
 
-def _loader(experiment: Experiment, stage: TrainStage, data: Data, device: torch.device) -> TrainLoader:
+def build_loader(experiment: Experiment, stage: TrainStage, data: Data, device: torch.device) -> TrainLoader:
+    """The training batches of a stage; data: the stage's."""
     spec, changed = experiment.data, stage.data
     steps = changed.augment if changed.augment is not None else spec.augment
     return TrainLoader(
@@ -317,11 +339,9 @@ def _on_cpu(batch: Batch) -> Batch:
     return Batch(batch.inputs.cpu(), batch.targets.cpu(), batch.index.cpu(), batch.view.cpu())
 
 
-def check_teachers(teachers: Sequence[Model], specs: Sequence[TeacherSpec], accuracy: Callable[[Model], Any]) -> None:
+def check_teacher(top1: float, chance: float, spec: TeacherSpec) -> None:
     """Refuses a teacher that is no better than chance, unless it is declared a control."""
-    for model, spec in zip(teachers, specs, strict=True):
-        value, chance = accuracy(model)
-        if value <= chance and not spec.control:
-            message = f"the teacher is no better than chance: {value:.1f} against {chance:.1f} percent"
-            hint = "check its weights, `normalize` and class order; a deliberate control says `control: true`"
-            raise ConfigError(Problem(message, key="teacher", hint=hint))
+    if top1 <= chance and not spec.control:
+        message = f"the teacher is no better than chance: {top1:.1f} against {chance:.1f} percent"
+        hint = "check its weights, `normalize` and class order; a deliberate control says `control: true`"
+        raise ConfigError(Problem(message, key="teacher", hint=hint))

@@ -30,7 +30,7 @@ def control(experiment: Experiment) -> Experiment:
     for stage in mine:
         losses = _alone(stage.losses) or [LossSpec(kind="supervised")]
         stages.append(stage.model_copy(update={"teacher": None, "losses": losses}))
-    return experiment.model_copy(update={"stages": stages})
+    return experiment.model_copy(update={"stages": stages, "teacher_cache": None})
 
 
 def _alone(losses: Sequence[LossSpec]) -> list[LossSpec]:

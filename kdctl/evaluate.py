@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kdctl import build, ranks, runs
 from kdctl import checkpoint as checkpoints
 from kdctl import device as devices
+from kdctl.cache import clean_logits
 from kdctl.config.schema import Experiment
 from kdctl.data.base import Split
 from kdctl.data.loader import clean_batches
@@ -23,6 +24,7 @@ from kdctl.models.record import Model, load_model
 from kdctl.runs import Run
 from kdctl.signals import find_logits
 from kdctl.tasks.base import Task
+from kdctl.teachers.base import Teacher
 
 Floats = NDArray[np.float32]
 
@@ -130,6 +132,18 @@ def validate(
             module.training = was_training[name]
 
 
+@torch.no_grad()
+def ask(
+    teacher: Teacher, split: Split, name: str, device: torch.device, batch_size: int, precision: str
+) -> Predictions:
+    """What a teacher says of a clean split (train, val or test), as it says it in training: from its store, if any."""
+    logits = []
+    for batch in clean_batches(split, batch_size=batch_size, name=name, device=device):
+        with devices.autocast(device, precision):
+            logits.append(teacher(batch, taps=()).logits.float().cpu())
+    return Predictions(torch.cat(logits).numpy(), split.targets.numpy(), split.index.numpy())
+
+
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -156,7 +170,7 @@ def evaluate_run(
     build.check_fits(student.record, data, "student")
     predictions = predict(TorchPredictor(student, device), samples, size)
     document = describe(predictions, task, data) | {"split": split, "checkpoint": checkpoint}
-    teacher, notes = predict_teacher(run, experiment, data, samples, device) if with_teacher else (None, [])
+    teacher, notes = predict_teacher(run, experiment, data, split, device) if with_teacher else (None, [])
     document["teacher"] = None if teacher is None else metrics(teacher, task)
     document["agreement"] = None if teacher is None else float(task.agreement(predictions.logits, teacher.logits))
     document["notes"] = notes
@@ -206,9 +220,12 @@ def load_teachers(run: Run, experiment: Experiment, data: Data) -> list[Model]:
 
 
 def predict_teacher(
-    run: Run, experiment: Experiment, data: Data, samples: Split, device: str = "cpu"
+    run: Run, experiment: Experiment, data: Data, split: str, device: str = "cpu"
 ) -> tuple[Predictions | None, list[str]]:
-    """What the last stage's teacher says of a split, the mean of the logits of several; a note when it is not there."""
+    """What the last stage's teacher says of a split, in fp32; the mean of the logits of several.
+
+    With a `teacher_cache` it is asked once for all runs. Gives a note instead where the teacher is not there.
+    """
     specs = experiment.student_stage.teachers
     if not specs:
         return None, []
@@ -216,6 +233,15 @@ def predict_teacher(
         teachers = load_teachers(run, experiment, data)
     except MissingError as error:
         return None, [f"the teacher was not measured: {error}"]
-    each = [predict(TorchPredictor(t, device), samples, experiment.data.eval_batch_size) for t in teachers]
-    each[0].logits = np.mean([p.logits for p in each], axis=0, dtype=np.float32)
-    return each[0], []
+    stage, size = experiment.student_stage, experiment.data.eval_batch_size
+    samples = data.split(split)
+    said: list[Floats] = []
+    for number, model in enumerate(teachers):
+
+        def measure(model: Model = model) -> Floats:
+            return predict(TorchPredictor(model, device), samples, size).logits
+
+        kept = experiment.teacher_cache is not None and device == "cpu"
+        said.append(clean_logits(experiment, stage, number, model, data, split, measure) if kept else measure())
+    mean = said[0] if len(said) == 1 else np.mean(np.stack(said), axis=0, dtype=np.float32)
+    return Predictions(np.asarray(mean), samples.targets.numpy(), samples.index.numpy()), []

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from kdctl import registry, runs, stats
-from kdctl.build import build_task
+from kdctl import launch, probe, ranks, registry, runs, stats
+from kdctl.build import build_data, build_task
 from kdctl.config.dump import dump_yaml, plain
 from kdctl.config.expand import load_experiment
 from kdctl.config.schema import Experiment
 from kdctl.control import control, with_shared_teachers
-from kdctl.device import settle
+from kdctl.data.prepare import Data
 from kdctl.errors import ConfigError, KdctlError, MissingError
 from kdctl.pipeline import run_stages
 from kdctl.runs import Run
@@ -40,14 +40,20 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     """Trains what the plan names and returns the document of `kdctl train`: a run's summary, or a group's.
 
     With several seeds or a baseline it writes runs/<name>/groups/<NNN>.json before the first run, so that an
-    interrupted group resumes where it stopped.
+    interrupted group resumes where it stopped. Where torchrun has restarted the processes, what they had begun goes on.
     """
-    experiment = plan.experiment.model_copy(update={"train": settle(plan.experiment.train)})
+    begun = _begun(plan.run_dir) if launch.restarted() else None
+    if begun is not None:
+        reporter.say(f"the processes were restarted: {begun} goes on")
+        return _continue(begun, reporter)
+    data = build_data(plan.experiment)
+    settled = probe.settle(plan.experiment, data, reporter.say)
+    experiment = plan.experiment.model_copy(update={"train": settled})
     reporter.say(f"experiment {experiment.name}: the student is that of stage {experiment.student_stage.name}")
     if plan.seeds == 1 and not plan.with_baseline:
         run = _create_run(experiment, plan.source, "main", None, plan.run_dir)
         reporter.say(f"run {run}")
-        return _run_new(run, experiment, reporter)
+        return _run_new(run, experiment, reporter, data)
     if plan.with_baseline:
         control(experiment)  # raises before anything is made where there can be no control
     first = experiment.train.seed
@@ -62,14 +68,29 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
 
 def resume(run: Run, reporter: Reporter, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Continues an unfinished run, and the group it belongs to; overrides such as data.root=... hold for this time."""
-    info = run.info
-    group = run.path.parent / (info.get("group") or "")
+    if run.info["status"] == "done" and not _group_of(run).is_file():
+        raise KdctlError(f"{run} is done: there is nothing to resume", hint="`kdctl train` starts a new run")
+    return _continue(run, reporter, overrides)
+
+
+def _group_of(run: Run) -> Path:
+    """The file of a run's group; no file where it has none."""
+    return run.path.parent / (run.info.get("group") or "")
+
+
+def _continue(run: Run, reporter: Reporter, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    group = _group_of(run)
     if group.is_file():
         experiment = load_experiment(group.with_suffix(".yaml"), require_files=False).experiment
         return _run_group(group, experiment, reporter, overrides)
-    if info["status"] == "done":
-        raise KdctlError(f"{run} is done: there is nothing to resume", hint="`kdctl train` starts a new run")
     return run_stages(run, load_run(run, overrides), reporter)
+
+
+def _begun(run_dir: Path | None) -> Run | None:
+    """The run that the torchrun of these processes had begun before it restarted them, the latest of a group."""
+    agents = set(ranks.current().agents)
+    known = runs.all_runs() if run_dir is None else [Run(run_dir)] if runs.is_run(run_dir) else []
+    return next((run for run in reversed(known) if agents & set(run.info.get("agents", []))), None)
 
 
 def load_run(run: Run, overrides: Sequence[str] = ()) -> Experiment:
@@ -90,7 +111,7 @@ def _create_run(
     return runs.create(
         experiment.name, dump_yaml(local), source,
         stages=[s.name for s in experiment.stages], seed=experiment.train.seed, role=role, group=group,
-        run_dir=run_dir, files=code | (files or {}), root=root,
+        run_dir=run_dir, files=code | (files or {}), agents=ranks.current().agents, root=root,
     )  # fmt: skip
 
 
@@ -120,10 +141,10 @@ def _local_kind(kind: Any, files: dict[str, Path]) -> Any:
     return f"./{copy}:{name}"
 
 
-def _run_new(run: Run, experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
+def _run_new(run: Run, experiment: Experiment, reporter: Reporter, data: Data | None = None) -> dict[str, Any]:
     """Runs a run that was just made; one that a mistake of the user's stops before its first step is taken back."""
     try:
-        return run_stages(run, experiment, reporter)
+        return run_stages(run, experiment, reporter, data)
     except (ConfigError, MissingError):
         if not list(run.path.glob("stages/*/checkpoints/last.pt")):
             shutil.rmtree(run.path, ignore_errors=True)

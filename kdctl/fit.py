@@ -102,7 +102,7 @@ def fit(
     loop = Loop(built, stage, run, budget, eval_batch_size, stop, reporter, clock, step, ema, state)
     rank = ranks.current().rank
     seed_everything(seed, stage.name, "train", *([f"rank {rank}"] if rank else []))
-    if (loop.folder / "last.pt").exists():
+    if ranks.current().told((loop.folder / "last.pt").exists()):
         _restore(loop)
     else:
         _save(loop)
@@ -141,7 +141,7 @@ def _train_epoch(loop: Loop) -> bool:
         loop.reporter.step(stage.name, state.epoch, stage.epochs, state.step, steps)
         if everyone.any(stop.number is not None):
             return True
-        if everyone.any(loop.spent()):
+        if math.isfinite(loop.budget) and everyone.any(loop.spent()):
             return False
     return False
 
@@ -167,6 +167,7 @@ def _end_epoch(loop: Loop) -> None:
     val: dict[str, float] = {}
     if built.data.val is not None:
         with loop.clock.section("evaluation"), _averaged(loop):
+            ranks.current().agree(built.method.student.net.buffers())
             size, precision = loop.eval_batch_size, built.precision
             val = validate(built.method.student, built.data.val, built.task, built.device, size, precision)
     state.epoch += 1

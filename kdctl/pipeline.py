@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from kdctl import artefacts, build, checkpoint, ranks, runs
+from kdctl import artefacts, build, cache, checkpoint, ranks, runs
 from kdctl.bench import cost
 from kdctl.build import Built
 from kdctl.config.dump import plain
 from kdctl.config.schema import Experiment, OutputStage, TrainStage
 from kdctl.data.prepare import Data, stratified
-from kdctl.device import apply_threads
-from kdctl.errors import Interrupted
-from kdctl.evaluate import evaluate_run, load_teachers, validate
+from kdctl.device import apply_settings
+from kdctl.errors import Interrupted, MissingError, Problem
+from kdctl.evaluate import ask, evaluate_run, load_teachers, metrics
 from kdctl.fit import Progress, fit
 from kdctl.models.record import Model, load_model, save_model
 from kdctl.runs import Run
@@ -36,7 +38,7 @@ def run_stages(run: Run, experiment: Experiment, reporter: Reporter, data: Data 
     with run.locked(), StopSignal() as stop:
         run.update(status="running")
         try:
-            apply_threads(experiment.train)
+            apply_settings(experiment.train)
             result = _run_stages(run, experiment, _Logged(run, reporter), stop, data or build.build_data(experiment))
         except (Interrupted, KeyboardInterrupt) as stopped:
             run.update(status="interrupted")
@@ -70,7 +72,14 @@ class _Logged(Reporter):
 def _run_stages(run: Run, experiment: Experiment, reporter: Reporter, stop: StopSignal, data: Data) -> dict[str, Any]:
     for stage in experiment.train_stages:
         if run.info["stages"].get(stage.name) != "done":
-            ranks.current().told({"run": str(run), "experiment": plain(experiment), "stage": stage.name})
+            ranks.current().told(
+                {
+                    "run": str(run.path.resolve()),
+                    "created": run.info["created"],
+                    "experiment": plain(experiment),
+                    "stage": stage.name,
+                }
+            )
             _run_train_stage(run, experiment, stage, data, reporter, stop)
             stop.check(f"after stage {stage.name}; `kdctl resume {run}` continues")
     if not (run / "summary.json").exists():
@@ -95,6 +104,9 @@ def _run_train_stage(
     built = _built(run, experiment, stage, data)
     _check_teachers(built, stage, experiment)
     reporter.say(_describe(stage, built))
+    if ranks.current().size > 1:
+        reporter.say(_describe_processes(built))
+    _open_stores(built, stage, experiment, reporter, stop)
     state = _fit(built, run, experiment, stage, stop, reporter)
     _keep(run, experiment, stage, built, state)
     seconds = run.info.get("seconds", {}) | {stage.name: round(state.seconds, 3)}
@@ -104,21 +116,46 @@ def _run_train_stage(
         reporter.say(f"stage {stage.name}: {state.finished}")
 
 
+def _open_stores(
+    built: Built, stage: TrainStage, experiment: Experiment, reporter: Reporter, stop: StopSignal
+) -> None:
+    """Says what the stores of the stage's teachers hold and will cost; fills them where that is to be done before."""
+    if experiment.teacher_cache is None or not built.teachers:
+        return
+    members = cache.members_of(experiment, stage, built)
+    if experiment.teacher_cache.fill == "before":
+        cache.fill_before(members, reporter.say, lambda: stop.check(f"while asking the teacher of {stage.name}"))
+        return
+    for member in members:
+        reporter.say(cache.announce(member, cache.cost(member)))
+
+
 def follow() -> None:
     """What every process but the first does: trains along in each stage that the first one starts, until it ends.
 
-    It reads the run directory (weights of earlier stages, checkpoints) and writes nothing.
+    It reads the run directory (weights of earlier stages, checkpoints) and writes nothing in it. Raises MissingError
+    where this machine does not see that directory.
     """
-    data: Data | None = None
-    while (order := ranks.current().told()) is not None:
-        experiment = Experiment.model_validate(order["experiment"])
-        stage = next(s for s in experiment.train_stages if s.name == order["stage"])
-        run = Run(Path(order["run"]))
-        apply_threads(experiment.train)
-        data = data or build.build_data(experiment)
-        built = _built(run, experiment, stage, data)
-        with StopSignal() as stop:
-            _fit(built, run, experiment, stage, stop, Reporter())
+    data, known = None, None
+    with StopSignal() as stop:
+        while (order := ranks.current().told()) is not None:
+            experiment = Experiment.model_validate(order["experiment"])
+            stage = next(s for s in experiment.train_stages if s.name == order["stage"])
+            run = Run(Path(order["run"]))
+            _check_seen(run, order["created"])
+            apply_settings(experiment.train)
+            if data is None or known != experiment.data:  # the runs of a group share theirs
+                data, known = build.build_data(experiment), experiment.data
+            built = _built(run, experiment, stage, data)
+            with contextlib.suppress(Interrupted):  # whether that ends the run is the first one's to say
+                _fit(built, run, experiment, stage, stop, Reporter())
+
+
+def _check_seen(run: Run, created: str) -> None:
+    """Refuses to train along in a run that this machine does not see, or of which it sees another of that name."""
+    if not (run / "run.json").is_file() or run.info["created"] != created:
+        hint = "on several machines the run directory must be on a file system that all of them share: see --run-dir"
+        raise MissingError(Problem("this machine does not see the run directory", file=str(run), hint=hint))
 
 
 def _built(run: Run, experiment: Experiment, stage: TrainStage, data: Data) -> Built:
@@ -148,18 +185,16 @@ def _time_spent(stage: TrainStage, state: Progress) -> str:
 
 
 def _check_teachers(built: Built, stage: TrainStage, experiment: Experiment) -> None:
-    split = built.data.val or built.data.train
+    name = "train" if built.data.val is None else "val"
+    split = built.data.split(name)
     rows = stratified(split.targets, 0)
     rows = rows[split.targets[rows] != IGNORE][:_TEACHER_CHECK_SAMPLES]
-    if not built.teachers or len(rows) == 0:
+    if len(rows) == 0:
         return
-    some = split.subset(rows)
-
-    def accuracy(model: Model) -> tuple[float, float]:
-        got = validate(model, some, built.task, built.device, experiment.data.eval_batch_size, built.precision)
-        return got[built.task.primary], built.task.chance(some.targets)
-
-    build.check_teachers(built.teachers, stage.teachers, accuracy)
+    some, size = split.subset(rows), experiment.data.eval_batch_size
+    for member, spec in zip(built.members, stage.teachers, strict=True):
+        got = metrics(ask(member, some, name, built.device, size, built.precision), built.task)
+        build.check_teacher(got[built.task.primary], built.task.chance(some.targets), spec)
 
 
 def _describe(stage: TrainStage, built: Built) -> str:
@@ -174,6 +209,17 @@ def _describe(stage: TrainStage, built: Built) -> str:
         f"{len(built.data.train):,} samples, {labelled:,} labelled; {stage.epochs} epochs of {len(built.loader)} "
         f"steps; {built.device}, {built.precision}, {torch.get_num_threads()} threads"
     )
+
+
+def _describe_processes(built: Built) -> str:
+    """How many processes there are, and what that means for the statistics of a batch."""
+    text = f"{ranks.current().size} processes, each with its part of every batch"
+    batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in built.method.trained.modules())
+    if batch_norm and built.device.type == "cuda":
+        text += "; BatchNorm takes its statistics from the whole batch"
+    elif batch_norm:
+        text += "; BatchNorm, on a CPU, takes its statistics from each process's part: the losses are not those of one"
+    return text
 
 
 def _budget(run: Run, experiment: Experiment, stage: TrainStage) -> float:
@@ -212,9 +258,11 @@ def summarize(run: Run, experiment: Experiment, data: Data) -> dict[str, Any]:
     if data.test is None and data.val is None:
         split, notes = "train", ["there is neither a test nor a validation split: the training split is measured"]
     best = evaluate_run(run, experiment, split=split, data=data)
-    last = evaluate_run(run, experiment, split=split, checkpoint="last", data=data, with_teacher=False)
     stage = experiment.student_stage
     result = runs.read_json(run.stage_dir(stage.name) / "result.json")
+    last = best  # the same weights, where the last epoch was kept
+    if result["kept"] == "best" and result["best_epoch"] != result["epochs"]:
+        last = evaluate_run(run, experiment, split=split, checkpoint="last", data=data, with_teacher=False)
     lines = [line for line in run.metrics() if line["stage"] == stage.name]
     epoch = result["best_epoch"] if result["kept"] == "best" else result["epochs"]
     kept = next((line for line in lines if line["epoch"] == epoch), None)
@@ -270,5 +318,5 @@ def _median(values: Sequence[float]) -> float:
 def compress(run: Run, experiment: Experiment, stage: OutputStage) -> dict[str, Any]:
     """Runs one more output stage on a finished run."""
     with run.locked():
-        apply_threads(experiment.train)
+        apply_settings(experiment.train)
         return artefacts.make(run, experiment, stage, build.build_data(experiment))

@@ -6,10 +6,13 @@ numbers them, from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, M
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdctl import launch
+from kdctl.errors import KdctlError, Problem
+
+_TO_MEET = timedelta(minutes=15)
+_TO_TELL = 3.0
+"""Seconds that the others have to say that they are still there, when one is lost."""
 _PATIENCE = timedelta(days=7)
 """The others wait for the first process while it measures; a dead one is noticed by its closed connection."""
 
@@ -29,6 +38,8 @@ class Ranks:
     size: int = 1
     local: int = 0
     local_size: int = 1
+    agents: tuple[str, ...] = ()
+    """The torchruns that started them, the same after a restart."""
 
     @property
     def first(self) -> bool:
@@ -82,6 +93,11 @@ class Ranks:
         counts[self.rank] = own
         return self.total(counts)
 
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Gives every process the first one's values, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, src=0)
+
     def told(self, value: Any = None) -> Any:
         """The value of the first process, in every process: plain data, as JSON has it."""
         if self.size == 1:
@@ -100,35 +116,92 @@ class Ranks:
 
 
 _ALONE = Ranks()
+_joined = _ALONE
 
 
 def current() -> Ranks:
     """This process among those that train together; rank 0 of 1 where no others were started."""
-    if not dist.is_available() or not dist.is_initialized():
-        return _ALONE
-    local, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Ranks(dist.get_rank(), dist.get_world_size(), local, local_size)
+    return _joined
 
 
-def announced() -> bool:
-    """Whether the environment says that this process is one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+class LostError(KdctlError):
+    """Another process of this training is gone."""
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Joins the processes that the environment announces, for as long as the block runs.
 
-    Tensors on the CPU travel by gloo, those on CUDA by NCCL.
+    Tensors on the CPU travel by gloo, those on CUDA by NCCL where each process of a machine has a device of its own.
+    Where the block fails in one process it fails in all: the first one raises what went wrong in another, or LostError
+    naming the one that is gone; the others raise LostError.
     """
-    if not announced():
+    global _joined
+    if launch.world_size() == 1:
         yield _ALONE
         return
-    on_cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    local, local_size = int(os.environ.get("LOCAL_RANK", "0")), launch.local_world_size()
+    on_cuda = dist.is_nccl_available() and torch.cuda.device_count() >= local_size
     if on_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=_PATIENCE)
+        torch.cuda.set_device(local)
+    store, rank, size = next(dist.rendezvous("env://", timeout=_TO_MEET))
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    ranks = Ranks(rank, size, local, local_size)
+    agents = sorted(set(ranks.collected(launch.agent())) - {""})
+    _joined = replace(ranks, agents=tuple(agents))
+    notes = dist.PrefixStore("kdctl", store)
     try:
-        yield current()
-    finally:
+        yield _joined
+        dist.barrier()
         dist.destroy_process_group()
+    except Exception as error:
+        if _is_lost(error):
+            raise _lost(notes, _joined) from error
+        if rank > 0:
+            _leave_note(notes, f"failed/{rank}", error)
+        raise
+    finally:
+        _joined = _ALONE
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether an exchange failed because another process is gone."""
+    if isinstance(error, KdctlError):
+        return False
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(mark in text for mark in ("gloo", "Connection closed", "NCCL"))
+
+
+def _leave_note(notes: dist.Store, key: str, error: Exception | None = None) -> None:
+    """Tells the first process how this one ended."""
+    told = error if isinstance(error, KdctlError) else KdctlError(f"{type(error).__name__}: {error}")
+    with contextlib.suppress(RuntimeError):  # the first process is the one that is gone
+        notes.set(key, json.dumps(told.as_dict()))
+
+
+def _lost(notes: dist.Store, ranks: Ranks) -> KdctlError:
+    """The error of a process that has lost another one: in the first process it says which, and why if known."""
+    if not ranks.first:
+        _leave_note(notes, f"survived/{ranks.rank}")
+        return LostError("another process is gone")
+    missing = set(range(1, ranks.size))
+    deadline = time.monotonic() + _TO_TELL
+    while True:
+        for rank in sorted(missing):
+            if notes.check([f"failed/{rank}"]):
+                return _of_another(rank, ranks.size, json.loads(notes.get(f"failed/{rank}")))
+        missing -= {rank for rank in missing if notes.check([f"survived/{rank}"])}
+        if len(missing) <= 1 or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    named = " and ".join(str(rank) for rank in sorted(missing))
+    hint = "it was killed, or its machine is gone; `kdctl resume` continues the run from its last checkpoint"
+    return LostError(f"process {named} of {ranks.size} is lost", hint=hint)
+
+
+def _of_another(rank: int, size: int, document: dict[str, Any]) -> KdctlError:
+    problems = [Problem(**problem) for problem in document["errors"]]
+    error = KdctlError(*(replace(p, message=f"process {rank} of {size}: {p.message}") for p in problems))
+    error.code = document["code"]  # type: ignore[misc]
+    return error

@@ -38,7 +38,7 @@ GROUPS: dict[str, tuple[str, str]] = {
 
 GIVEN: dict[str, frozenset[str]] = {
     "models": frozenset({"num_classes", "in_channels", "image_shape"}),
-    "methods": frozenset({"student", "teacher", "terms", "task", "frozen"}),
+    "methods": frozenset({"student", "teacher", "terms", "task", "frozen", "compile"}),
     "optimizers": frozenset({"params"}),
 }
 """Arguments that kdctl itself supplies when it builds a component of the group; a file does not set them."""

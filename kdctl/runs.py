@@ -17,7 +17,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +31,14 @@ ROOT = Path("runs")
 RESERVED = ("latest", "groups")
 """Names under ROOT that mean something else."""
 Status = Literal["running", "interrupted", "failed", "done"]
+
+
+def cache_home() -> Path:
+    """Where what can always be made again is kept: KDCTL_CACHE, or kdctl/ in XDG_CACHE_HOME, else in ~/.cache."""
+    own = os.environ.get("KDCTL_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdctl"
 
 
 @contextlib.contextmanager
@@ -186,12 +194,14 @@ def create(
     parent: str | None = None,
     run_dir: Path | None = None,
     files: dict[str, Path] | None = None,
+    agents: Sequence[str] = (),
     root: Path = ROOT,
 ) -> Run:
     """Makes a run directory that can be resumed from the moment it has its name.
 
     config is the resolved experiment, source the file the user wrote, files what else it is given: name in the run ->
-    file to copy (the user's own components, a teacher that another run of the group trained).
+    file to copy (the user's own components, a teacher that another run of the group trained). agents: the torchruns
+    that it is made under, which find it again when they restart their processes.
     Raises UsageError when `run_dir` exists and is not empty.
     """
     if name in RESERVED:
@@ -213,7 +223,7 @@ def create(
         info: dict[str, Any] = {
             "format": FORMAT, "name": name, "number": None, "role": role, "group": group, "seed": seed,
             "parent": parent, "status": "running", "stages": dict.fromkeys(stages, "waiting"),
-            "created": datetime.now(UTC).isoformat(), "command": sys.argv,
+            "created": datetime.now(UTC).isoformat(), "command": sys.argv, "agents": list(agents),
         }  # fmt: skip
         path = _take_name(aside, home, run_dir, info)
     except BaseException:

@@ -14,7 +14,7 @@ from kdctl.config.dump import dump_yaml
 from kdctl.config.schema import DataSpec, Experiment, ModelSpec, TrainStage
 from kdctl.data.base import ArraySplit, Dataset, Split
 from kdctl.data.prepare import Data, split_dataset, stratified
-from kdctl.device import settle
+from kdctl.device import settle_by_rule
 from kdctl.errors import Interrupted, MissingError
 from kdctl.pipeline import run_stages
 from kdctl.watch import Reporter
@@ -39,7 +39,11 @@ def smoke(experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
     data = _data(experiment, notes)
     stages = [_shortened(s, notes) if isinstance(s, TrainStage) else s for s in experiment.stages]
     short = experiment.model_copy(
-        update={"stages": stages, "student": _at_hand(experiment.student, notes), "train": settle(experiment.train)}
+        update={
+            "stages": stages,
+            "student": _at_hand(experiment.student, notes),
+            "train": settle_by_rule(experiment.train),
+        }
     )
     with tempfile.TemporaryDirectory() as folder:
         config = dump_yaml(short)

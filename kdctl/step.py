@@ -62,9 +62,8 @@ class Step:
         self._shared: nn.parallel.DistributedDataParallel | None = None
         if self._ranks.size > 1:
             own = [built.device] if built.device.type == "cuda" else None
-            adapters = any(True for term in built.method.terms for _ in term.parameters())
             self._shared = nn.parallel.DistributedDataParallel(
-                _Trained(built.method), device_ids=own, find_unused_parameters=adapters
+                _Trained(built.method), device_ids=own, find_unused_parameters=True
             )
 
     def __call__(self, batch: Batch, epoch: float) -> Sums:
@@ -94,7 +93,7 @@ class Step:
         counts, weights = method.counts(batch), method.weights(epoch)
         done = Sums(counts={name: counts[name] for name, weight in weights.items() if weight})
         scale = {name: weight / _at_least_one(counts[name]) for name, weight in weights.items()}
-        parts = batch.micro_batches(self.parts)
+        parts = batch.micro_batches(self._num_parts(batch))
         self._number += 1
         for number, micro in enumerate(parts):
             with self._syncing(number == len(parts) - 1), self.clock.section("forward"):
@@ -110,6 +109,12 @@ class Step:
             for name, value in sums.items():
                 done.sums[name] = done.sums.get(name, 0) + _exact(value)
         return done
+
+    def _num_parts(self, batch: Batch) -> int:
+        """Micro-batches of this step, as many in every process: parts of a batch differ by one sample."""
+        if self.parts == 1 or self._ranks.size == 1:
+            return self.parts
+        return min(self.parts, int(self._ranks.total(torch.tensor(batch.size))) // self._ranks.size)
 
     def _forward(self, batch: Batch, epoch: float) -> dict[str, Tensor]:
         return self.built.method.step(batch, epoch) if self._shared is None else self._shared(batch, epoch)
@@ -130,8 +135,9 @@ class Step:
     def _check_finite(self, loss: Tensor, sums: dict[str, Tensor]) -> None:
         if loss.device.type == "cuda" and self._number % _LOOK_EVERY:
             return
-        if not torch.isfinite(loss):
-            bad = [name for name, value in sums.items() if not torch.isfinite(value)]
+        finite = torch.isfinite(self._ranks.total(torch.stack([loss, *sums.values()]).detach())).tolist()
+        if not finite[0]:
+            bad = [name for name, good in zip(sums, finite[1:], strict=True) if not good]
             raise diverged(bad or list(sums), f"step {self._number}")
 
     def _take_smaller(self, batch: Batch) -> None:

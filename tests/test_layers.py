@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent / "kdctl"
 ORDER = [
     ["errors"],
     ["source"],
-    ["registry", "config", "runs", "stats", "watch"],
+    ["registry", "config", "runs", "stats", "watch", "launch"],
     ["report"],
     ["device", "ranks", "clock", "taps", "signals", "torchvision_guard"],
     ["quant"],
@@ -29,6 +29,8 @@ ORDER = [
     ["teachers"],
     ["methods"],
     ["build"],
+    ["race", "trial", "probe"],
+    ["cache"],
     ["checkpoint"],
     ["evaluate"],
     ["step"],
@@ -49,7 +51,7 @@ ORDER = [
 SIBLINGS = [{"models", "data", "optim"}]
 """Rooms that never import each other."""
 
-ABOVE_THE_LINE = ["errors", "source", "registry", "config", "runs", "stats", "watch", "report"]
+ABOVE_THE_LINE = ["errors", "source", "registry", "config", "runs", "stats", "watch", "launch", "report"]
 VERBS_WITHOUT_TORCH = ["init", "list", "explain", "schema", "show", "doctor"]
 SHARED_BY_VERBS = ["app", "console", "templates", "verb"]
 HEAVY = {"torch", "torchvision", "numpy"}

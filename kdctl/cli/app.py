@@ -37,6 +37,7 @@ COMMANDS = {
     "train": ("kdctl.cli.train:train", "Run every stage of an experiment."),
     "resume": ("kdctl.cli.resume:resume", "Continue an unfinished run."),
     "eval": ("kdctl.cli.eval:eval_", "Measure student and teacher on the same samples."),
+    "cache": ("kdctl.cli.cache:cache", "Build, show, verify or clear the store of teacher outputs."),
     "compress": ("kdctl.cli.compress:compress", "Quantize a run's student, re-load it and measure it again."),
     "doctor": ("kdctl.cli.doctor:doctor", "The environment: what is missing or mismatched, and how to mend it."),
 }

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from kdctl.cli import console
+from kdctl import launch
+from kdctl.cli import console, processes
 from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
 from kdctl.errors import ConfigError, Interrupted, UsageError
 
@@ -15,16 +16,24 @@ def train(
     options: ExperimentOptions,
     config: Annotated[str, Argument(help="an experiment file")],
     run_dir: Annotated[str | None, Option("--run-dir", help="write the run here, not under runs/")] = None,
+    nproc: processes.Nproc = None,
     seeds: Annotated[int, Option("--seeds", min=1, help="repeat with this many seeds, as one group")] = 1,
     with_baseline: Annotated[bool, Option("--with-baseline", help="also train the control: no teacher")] = False,
     smoke: Annotated[bool, Option("--smoke", help="two steps of each stage on a slice; keeps nothing")] = False,
 ) -> Reply:
     """Run every stage of an experiment file."""
+    processes.check(nproc)
+    if smoke and max(nproc or 1, launch.world_size()) > 1:
+        raise UsageError("--smoke takes a single process", hint="leave --nproc out")
+    if launch.rank() > 0:
+        return processes.follow(options)
     if run_dir and (seeds > 1 or with_baseline):
         raise UsageError("--run-dir names one run, and a group has several", hint="leave --run-dir out")
     from kdctl.config.expand import load_experiment
 
     loaded = load_experiment(Path(config), options.overrides, require_files=not smoke)
+    if processes.starts_others(nproc):
+        return processes.start(nproc)
     console.say("loading torch ...")
     from kdctl import experiment
     from kdctl.cli.progress import TextReporter
@@ -37,7 +46,7 @@ def train(
     source = Path(config).read_text(encoding="utf-8")
     plan = experiment.Plan(loaded.experiment, source, seeds, with_baseline, Path(run_dir) if run_dir else None)
     try:
-        return reply(lambda: experiment.train(plan, reporter))
+        return processes.lead(lambda: reply(lambda: experiment.train(plan, reporter)))
     except ConfigError as error:
         from kdctl.config.overrides import located
 

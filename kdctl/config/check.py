@@ -27,6 +27,7 @@ from kdctl.config.schema import (
     Group,
     ModelSpec,
     OutputStage,
+    TeacherCache,
     TrainSettings,
     stage_type,
 )
@@ -79,6 +80,8 @@ class _Check:
                 self._component(site)
             if issubclass(site.model, ModelSpec):
                 self._weights(site)
+            if issubclass(site.model, TeacherCache) and isinstance(site.value.get("dir"), str) and site.value["dir"]:
+                site.value["dir"] = self._absolute((*site.path, "dir"), site.value["dir"])
         file = self._schema(sites)
         if file is not None:
             for path, message, hint in check_consistency(file):

@@ -42,6 +42,7 @@ def check_consistency(file: ExperimentFile) -> Iterator[Finding]:
         yield from _check_shorthands(file)
     else:
         yield from _check_stages(file, file.stages)
+    yield from _check_cache(file)
 
 
 # ----------------------------------------------------------------------------------------------------------- teachers
@@ -76,6 +77,23 @@ def _check_normalize(path: KeyPath, spec: ModelSpec) -> Iterator[Finding]:
     if isinstance(normalize, Normalize) and len(normalize.mean) != len(normalize.std):
         message = f"mean has {len(normalize.mean)} numbers, std {len(normalize.std)}"
         yield (*path, "normalize"), message, "one of each a channel"
+
+
+def _check_cache(file: ExperimentFile) -> Iterator[Finding]:
+    """A store of teacher outputs for which there is no teacher, or no term that needs what it keeps."""
+    cache = file.teacher_cache
+    if cache is None:
+        return
+    stages = [stage for stage in file.stages or [] if isinstance(stage, TrainStage)]
+    if not file.teacher and not any(stage.teacher for stage in stages):
+        hint = f"leave it out, or {_ADD_TEACHER}"
+        yield ("teacher_cache",), "there is no teacher whose outputs could be stored", hint
+    terms = [*(file.losses or []), *(loss for stage in stages for loss in stage.losses)]
+    if cache.store != "logits" and not any(loss.taps for loss in terms):
+        message = f"'{cache.store}' keeps the features that terms tap, and no term has taps"
+        yield ("teacher_cache", "store"), message, "store: logits"
+    if cache.store == "features" and cache.top_k is not None:
+        yield ("teacher_cache", "top_k"), "top_k is of logits, and the store keeps features alone", "store: both"
 
 
 # ------------------------------------------------------------------------------------------------------------- losses

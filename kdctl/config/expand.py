@@ -115,6 +115,7 @@ class _Expansion:
             task=complete(file.task, "tasks"),
             data=_complete_data(file.data),
             student=complete(file.student, "models"),
+            teacher_cache=file.teacher_cache,
             train=RunSettings(**settings),
             stages=self.stages,
         )

@@ -229,6 +229,19 @@ Stage = Annotated[
 ]
 
 
+# ------------------------------------------------------------------------------------------------------ teacher cache
+
+
+class TeacherCache(Section):
+    """The store of teacher outputs: each teacher is asked once for every view of a sample, by all runs together."""
+
+    store: Literal["logits", "features", "both"] = Field("logits", description="what is kept of the teacher")
+    top_k: PositiveInt | None = Field(None, description="keep this many logits a sample and the mass of the others")
+    dtype: Literal["fp16", "fp32"] = Field("fp16", description="how values are kept; losses see them as kept")
+    fill: Literal["lazy", "before"] = Field("lazy", description="lazy: filled by training; before: ahead of the stage")
+    dir: PathStr | None = Field(None, description="the folder of the store; left out, one of its content's key")
+
+
 # -------------------------------------------------------------------------------------------------------- experiment
 
 
@@ -236,10 +249,13 @@ class RunSettings(Section):
     """What holds for all stages of a run."""
 
     seed: NonNegativeInt = Field(0, description="initialisation and order; augmentation has its own seed")
-    precision: Precision = Field("auto", description="arithmetic of training")
-    layout: Literal["auto", "contiguous", "channels_last"] = "auto"
+    precision: Precision = Field("auto", description="arithmetic of training; auto: measured, never fp16")
+    layout: Literal["auto", "contiguous", "channels_last"] = Field("auto", description="of images; auto: measured")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    threads: Annotated[int, Field(gt=0, le=1024)] | Literal["auto"] = "auto"
+    threads: Annotated[int, Field(gt=0, le=1024)] | Literal["auto"] = Field(
+        "auto", description="of the CPU's arithmetic; auto: OMP_NUM_THREADS where it is set, else measured"
+    )
+    compile: Literal["auto"] | bool = Field("auto", description="torch.compile of the student; auto: measured on CUDA")
     max_minutes: Positive | None = Field(None, description="time to train the student; teachers are not counted")
 
 
@@ -252,6 +268,7 @@ class _Common(Section):
     task: TaskSpec = TaskSpec(kind="classification")
     data: DataSpec
     student: ModelSpec
+    teacher_cache: TeacherCache | None = Field(None, description="store what the teachers say instead of asking again")
 
 
 class ExperimentFile(_Common):

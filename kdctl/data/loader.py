@@ -6,7 +6,6 @@ What a batch holds depends on seeds, epoch and step alone, never on the number o
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,10 +19,11 @@ from kdctl import ranks
 from kdctl.data import counter
 from kdctl.data.augment import Augment, Views
 from kdctl.data.base import ArraySplit, ItemSplit, Split
+from kdctl.device import usable_cores
 from kdctl.errors import ConfigError, KdctlError, Problem
 from kdctl.signals import CLEAN, IGNORE, Batch
 
-_MOST_WORKERS = 4
+_MOST_WORKERS = 8
 
 
 class TrainLoader:
@@ -77,7 +77,11 @@ class TrainLoader:
         last = steps - 1
         rows = [order[s * size : None if s == last else (s + 1) * size] for s in range(start_step, steps)]
         rows = [batch[self._ranks.part(len(batch))] for batch in rows]
-        for part, images in _fetched(self.split, rows, num_workers(self.workers, self.split)):
+        yield from self.shown(rows, epoch)
+
+    def shown(self, rows: list[Tensor], epoch: int) -> Iterator[Batch]:
+        """Batches of these rows of the split, as an epoch shows them."""
+        for part, images in _fetched(self.split, rows, num_workers(self.workers, self.split, self.device)):
             yield self._batch(part, images, epoch)
 
     def few(self, count: int) -> Batch:
@@ -103,7 +107,7 @@ def clean_batches(
 ) -> Iterator[Batch]:
     """All samples of a split as they are, in its order, with view -1. name: train, val or test."""
     rows = list(torch.arange(len(split)).split(batch_size))
-    for part, images in _fetched(split, rows, num_workers(workers, split)):
+    for part, images in _fetched(split, rows, num_workers(workers, split, device)):
         index = split.index[part].to(device)
         view = torch.full_like(index, CLEAN)
         yield Batch(as_float(images.to(device)), split.targets[part].to(device), index, view, split=name)
@@ -114,14 +118,18 @@ def as_float(images: Tensor) -> Tensor:
     return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-def num_workers(workers: int | Literal["auto"], split: Split) -> int:
-    """Decoding processes for a split: none for one in memory; `auto` leaves training a core and takes 4 at most."""
+def num_workers(workers: int | Literal["auto"], split: Split, device: torch.device | str = "cpu") -> int:
+    """Decoding processes for a split: none for one in memory.
+
+    `auto`: beside an accelerator all cores but one, 8 at most. Beside training on the CPU, which costs far more than
+    decoding, one of every four cores: where there are fewer than four, the training process decodes.
+    """
     if isinstance(split, ArraySplit):
         return 0
-    if workers == "auto":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(max(cores - 1, 0), _MOST_WORKERS)
-    return workers
+    if workers != "auto":
+        return workers
+    cores = usable_cores() // ranks.current().local_size
+    return min(cores // 4 if torch.device(device).type == "cpu" else max(cores - 1, 0), _MOST_WORKERS)
 
 
 class _Decoding(torch_data.Dataset[Tensor | KdctlError]):

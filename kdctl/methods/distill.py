@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdctl import ranks
 from kdctl.clock import Clock
+from kdctl.device import compiled
 from kdctl.methods.base import Method, Term
 from kdctl.models.record import Model
 from kdctl.ranks import Ranks
@@ -37,7 +38,7 @@ class Distill(Method):
         terms: Sequence[Term],
         task: Task,
         frozen: Sequence[str] = (),
-        compiled: bool = False,
+        compile: bool = False,
     ) -> None:
         self.student = student
         self.task = task
@@ -47,9 +48,7 @@ class Distill(Method):
         self._teacher = teacher
         self._taps = Taps(student.net, sorted({s for term in terms for s, _ in term.loss.taps}))
         self._frozen = [student.net.get_submodule(path) for path in frozen]
-        self._forward: nn.Module = student
-        if compiled:
-            self._forward = torch.compile(student, mode="reduce-overhead")  # type: ignore[assignment]
+        self._forward = compiled(student) if compile and not self._taps.paths else student
         self._ranks = ranks.current()
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:

@@ -28,3 +28,4 @@ class Teacher(Protocol):
 
     def flush(self) -> None:
         """Puts what is to be kept on the disk."""
+        return None

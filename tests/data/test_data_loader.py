@@ -139,9 +139,10 @@ def test_a_dead_worker_is_an_error_with_advice() -> None:
 def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_workers("auto", arrays()) == num_workers(3, arrays()) == 0
     assert num_workers(3, items()) == 3
-    for cores, expected in ((1, 0), (2, 1), (4, 3), (64, 4)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, c=cores: set(range(c)), raising=False)
-        assert num_workers("auto", items()) == expected
+    for cores, beside_math, beside_gpu in ((1, 0, 0), (2, 0, 1), (4, 1, 3), (16, 4, 8), (64, 8, 8)):
+        monkeypatch.setattr("kdctl.data.loader.usable_cores", lambda c=cores: c)
+        assert num_workers("auto", items(), "cpu") == beside_math
+        assert num_workers("auto", items(), "cuda") == beside_gpu
 
 
 def test_views() -> None:

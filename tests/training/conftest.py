@@ -11,7 +11,7 @@ import pytest
 from kdctl import runs
 from kdctl.config.expand import load_experiment
 from kdctl.config.schema import Experiment
-from kdctl.device import settle
+from kdctl.device import settle_by_rule
 from kdctl.experiment import Plan, train
 from kdctl.watch import Reporter
 
@@ -40,7 +40,7 @@ def experiment(folder: Path) -> Callable[..., Experiment]:
     def load(*overrides: str, text: str = FILE) -> Experiment:
         (folder / "small.yaml").write_text(text)
         loaded = load_experiment(folder / "small.yaml", overrides).experiment
-        return loaded.model_copy(update={"train": settle(loaded.train)})
+        return loaded.model_copy(update={"train": settle_by_rule(loaded.train)})
 
     return load
 

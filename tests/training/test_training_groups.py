@@ -202,9 +202,7 @@ def test_a_good_teacher_passes_on_data_sorted_by_class(
     data.val = data.val.subset(torch.argsort(data.val.targets, stable=True))
     seen: list[float] = []
     monkeypatch.setattr(pipeline, "_TEACHER_CHECK_SAMPLES", 50)
-    monkeypatch.setattr(
-        build, "check_teachers", lambda teachers, specs, accuracy: seen.append(accuracy(teachers[0])[1])
-    )
+    monkeypatch.setattr(build, "check_teacher", lambda top1, chance, spec: seen.append(chance))
     stage = loaded.student_stage.model_copy(
         update={"teacher": loaded.student_stage.teachers[0].model_copy(update={"stage": None})}
     )

@@ -1,0 +1,69 @@
+"""A teacher that is asked once for each view of a sample, and then read from its store."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdctl.signals import Batch, Signals
+from kdctl.teachers.base import Teacher
+from kdctl.teachers.live import LiveTeacher
+from kdctl.teachers.store import Store
+
+
+class CachedTeacher(Teacher):
+    """Answers from the store; what it lacks is asked of the live teacher, for the missing samples alone, and stored.
+
+    What it gives has always gone through the store's rounding, so the run that fills it and all that follow see the
+    same numbers. A question for something that the store does not keep goes to the live teacher as a whole.
+    """
+
+    def __init__(self, live: LiveTeacher, store: Store) -> None:
+        self.live, self.store = live, store
+        self.models, self.taps = live.models, live.taps
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, taps: Collection[str] | None = None, logits: bool = True) -> Signals:
+        wanted = self.taps if taps is None else tuple(taps)
+        if not self.store.contents.holds(wanted, logits):
+            return self.live(batch, wanted, logits)
+        self.fill(batch)
+        stored, features = self.store.signals(batch, wanted, logits)
+        empty = torch.empty(batch.size, 0, device=batch.index.device)
+        return self.live.task.signals(empty if stored is None else stored, batch, features)
+
+    @torch.no_grad()
+    def fill(self, batch: Batch) -> int:
+        """Asks for the samples of a batch that are missing in the store; how many these were."""
+        missing = self.store.missing(batch)
+        count = 0 if missing is None else int(missing.sum())
+        if missing is not None and count:
+            contents = self.store.contents
+            rows = torch.nonzero(missing).flatten()
+            part = batch if count == batch.size else _take(batch, rows.to(batch.index.device))
+            self.store.add(part, self.live(part, contents.taps, contents.logits))
+        return count
+
+    def flush(self) -> None:
+        self.store.flush()
+
+
+def _take(batch: Batch, rows: Tensor) -> Batch:
+    """The samples at these rows (n,)."""
+
+    def cut(value: Any) -> Any:
+        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value[rows]
+
+    return replace(
+        batch,
+        inputs=cut(batch.inputs),
+        targets=batch.targets[rows],
+        index=batch.index[rows],
+        view=batch.view[rows],
+        keep=None if batch.keep is None else batch.keep[rows],
+        extra=cut(batch.extra),
+    )

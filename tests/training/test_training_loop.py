@@ -1,0 +1,134 @@
+"""The loop itself: memory that does not suffice, where the time goes, and what is not done twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytest import approx
+
+from kdctl import clock, evaluate, pipeline
+from kdctl.clock import Clock
+from kdctl.config.schema import Experiment
+from kdctl.errors import OutOfMemoryError
+from kdctl.experiment import Plan, train
+from kdctl.runs import Run
+from kdctl.watch import Reporter
+
+GREEDY = '''
+import torch
+from torch import nn
+
+
+class Greedy(nn.Module):
+    """Trains on at most `room` samples at once."""
+
+    def __init__(self, *, room: int = 1000, num_classes: int = 10, image_shape: list[int] | None = None) -> None:
+        super().__init__()
+        self.room = room
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 10))
+
+    def forward(self, x):
+        y = self.layers(x)
+        if self.training and len(x) > self.room:
+            raise torch.OutOfMemoryError("no room")
+        return y
+'''
+
+
+class Listening(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def greedy(folder: Path, experiment: Callable[..., Experiment], room: int, *more: str) -> tuple[Run, list[str]]:
+    (folder / "greedy.py").write_text(GREEDY)
+    listening = Listening()
+    student = f"student={{kind: './greedy.py:Greedy', room: {room}}}"
+    loaded = experiment(student, "teacher={kind: mlp, hidden: [8], control: true}", "data.batch_size=64", *more)
+    document = train(Plan(loaded, ""), listening)
+    return Run(Path(document["run"])), listening.said
+
+
+def test_a_step_that_does_not_fit_is_taken_in_parts_with_the_same_loss(
+    folder: Path, experiment: Callable[..., Experiment]
+) -> None:
+    """Dropout would differ if the generator were not put back before the second try."""
+    small, said = greedy(folder, experiment, 16)
+    assert [text for text in said if "out of memory" in text] == [
+        "out of memory: 2 micro-batches a step from here on; the loss stays the same",
+        "out of memory: 4 micro-batches a step from here on; the loss stays the same",
+    ]
+    large, _ = greedy(folder, experiment, 1000, "train.accumulate=4")
+    lines = [[line["loss"] for line in run.metrics()] for run in (small, large)]
+    assert lines[0] == lines[1]
+
+
+def test_what_never_fits_ends_with_code_5(folder: Path, experiment: Callable[..., Experiment]) -> None:
+    with pytest.raises(OutOfMemoryError, match="smaller micro-batches are not possible") as caught:
+        greedy(folder, experiment, 0)
+    assert caught.value.code == 5
+
+
+def test_another_runtime_error_is_not_taken_for_a_lack_of_memory(
+    folder: Path, experiment: Callable[..., Experiment]
+) -> None:
+    (folder / "greedy.py").write_text(GREEDY.replace('torch.OutOfMemoryError("no room")', 'RuntimeError("broken")'))
+    with pytest.raises(RuntimeError, match="broken"):
+        train(Plan(experiment("student={kind: './greedy.py:Greedy', room: 1}"), ""), Reporter())
+
+
+# --------------------------------------------------------------------------------------------------------------- time
+
+
+def test_a_section_inside_another_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
+    watch = Clock()
+    with watch.section("forward"), watch.section("teacher"):
+        pass
+    assert watch.take() == {"other": 1.0 + 5.0, "forward": 2.0 + 4.0, "teacher": 3.0}
+
+
+def test_train_says_where_its_time_went(experiment: Callable[..., Experiment]) -> None:
+    listening = Listening()
+    document = train(Plan(experiment(), ""), listening)
+    (line,) = [text for text in listening.said if text.startswith("stage student:") and "backward" in text]
+    for part in ("forward", "teacher", "evaluation"):
+        assert part in line
+    run = Run(Path(document["run"]))
+    for epoch in run.metrics():
+        spent = sum(epoch["times"].values())
+        assert set(epoch["times"]) <= {*clock.SECTIONS, "other"}
+        assert spent == approx(epoch["seconds"] + epoch["eval_seconds"], rel=0.3, abs=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def test_weights_that_are_best_and_last_are_measured_once(
+    run_it: Callable[..., tuple[Run, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def counting(*given: Any, checkpoint: str = "best", **named: Any) -> dict[str, Any]:
+        asked.append(checkpoint)
+        return evaluate.evaluate_run(*given, checkpoint=checkpoint, **named)
+
+    monkeypatch.setattr(pipeline, "evaluate_run", counting)
+    _, document = run_it("data.val_fraction=0")
+    assert asked == ["best"] and document["student"]["kept"] == "last"
+    run, document = run_it("teacher=null", "distill=null", "train.epochs=6", "optimizer.lr=0.1", "schedule.kind=constant")
+    result = json.loads((run / "stages/student/result.json").read_text())
+    once = result["best_epoch"] == result["epochs"]
+    assert asked[1:] == (["best"] if once else ["best", "last"])
+    assert torch.isfinite(torch.tensor(document["student"]["last"]["test"]["top1"]))

@@ -1,0 +1,217 @@
+"""Several processes train as one would, and end, fail and continue together. Real processes, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdctl import launch, runs
+from kdctl.config.expand import load_experiment
+from kdctl.experiment import Plan, resume, train
+from kdctl.runs import Run
+from kdctl.watch import Reporter
+
+MINE = '''
+"""Components of a user."""
+import os, pathlib, signal
+import torch
+from kdctl.losses.base import Loss
+
+
+class Pairs(Loss):
+    """The distances of all pairs of a batch."""
+
+    batchwise = True
+
+    def forward(self, student, teacher, batch):
+        s, t = self.logit_pair(student, teacher)
+        assert len(s) == len(batch.index)
+        return (torch.cdist(s, s) - torch.cdist(t, t)).pow(2).sum() / len(s)
+
+
+class Dies(Loss):
+    """Zero, until a process does what it was asked for."""
+
+    needs_teacher = False
+
+    def __init__(self, *, rank: int, call: int, what: str):
+        super().__init__()
+        self.rank, self.call, self.what, self.calls = rank, call, what, 0
+
+    def forward(self, student, teacher, batch):
+        self.calls += 1
+        here = os.environ.get("RANK") == str(self.rank) and self.calls == self.call
+        if here and not pathlib.Path(os.environ["DONE"]).exists():
+            pathlib.Path(os.environ["DONE"]).touch()
+            if self.what == "raise":
+                raise ValueError("a fault of the user's")
+            if self.what == "nan":
+                return student.logits.sum() * float("nan")
+            os.kill(os.getpid(), signal.Signals[self.what])
+        return student.logits.sum() * 1e-9
+'''
+FILE = """
+name: small
+data: {kind: digits, limit: 301, batch_size: 33, labels_per_class: 4, augment: [{kind: random_crop, padding: 1}]}
+teacher: {kind: mlp, hidden: [16], weights: teacher, control: true}
+student: {kind: mlp, hidden: [12]}
+losses: [{kind: ce, weight: 0.3}, {kind: kd, weight: 0.7}]
+optimizer: {kind: sgd, lr: 0.1, momentum: 0.9}
+train: {epochs: 2, device: cpu, threads: 1, precision: fp32, layout: contiguous}
+"""
+SCENARIOS = {
+    "plain": [],
+    "everything": ["train.ema=0.9", "train.clip_norm=0.5", "train.accumulate=3", "data.limit=265"],
+    "pairs": ["losses=[{kind: ce}, {kind: './mine.py:Pairs', weight: 0.05, name: pairs}]", "train.clip_norm=1"],
+    "stored": ["teacher_cache={store: logits, dir: store}", "data.views=1"],
+    "calm": ["losses=[{kind: ce}, {kind: './mine.py:Dies', name: dies, rank: -1, call: 0, what: SIGKILL}]"],
+    "unused": [
+        "optimizer={kind: adamw, lr: 0.01}",
+        "losses=[{kind: hint, weight: {0: 0, 1: 1}, taps: [layer1]}, {kind: ce, weight: {0: 1, 1: 0}}]",
+    ],
+}
+"""Overrides of what one and two processes must do alike. 301 = 9 batches of 33 and one of 4; 265 leaves one of 1."""
+JOB = '''
+import json, sys
+from pathlib import Path
+from kdctl import pipeline, ranks
+from kdctl.config.expand import load_experiment
+from kdctl.experiment import Plan, train
+from kdctl.watch import Reporter
+
+with ranks.joined() as everyone:
+    if everyone.first:
+        for name, overrides in json.loads(Path("scenarios.json").read_text()).items():
+            experiment = load_experiment(Path("small.yaml"), [*overrides, f"name={name}"]).experiment
+            train(Plan(experiment, ""), Reporter())
+        everyone.told(None)
+    else:
+        pipeline.follow()
+'''
+VOLATILE = ("seconds", "eval_seconds", "times", "samples_per_second")
+
+
+def make(folder: Path) -> None:
+    """The files of an experiment, and a teacher."""
+    (folder / "mine.py").write_text(MINE)
+    (folder / "job.py").write_text(JOB)
+    (folder / "small.yaml").write_text(FILE)
+    (folder / "scenarios.json").write_text(json.dumps(SCENARIOS))
+    alone = ["teacher=null", "losses=[{kind: ce}]", "student.hidden=[16]", "data.labels_per_class=all", "train.epochs=1"]
+    run_one(folder, "teacher", *alone, run_dir=folder / "teacher")
+
+
+def run_one(folder: Path, name: str, *overrides: str, **plan: Any) -> Run:
+    """Trains in this process."""
+    experiment = load_experiment(folder / "small.yaml", [*overrides, f"name={name}"]).experiment
+    return Run(Path(train(Plan(experiment, "", **plan), Reporter())["run"]))
+
+
+def torchrun(folder: Path, *arguments: str, done: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """Two processes of `kdctl`; `done` is the file by which a process knows that it has died before."""
+    settings = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *settings, *arguments],
+        cwd=folder, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DONE": str(folder / done)},
+    )  # fmt: skip
+
+
+def lines(run: Run) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in run.metrics()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory in which two processes have trained all scenarios, into runs/<scenario>/001."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make(folder)
+    ended = torchrun(folder, "job.py", done="none")
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_processes_train_as_one(name: str, folder: Path) -> None:
+    two = Run(folder / "runs" / name / "001")
+    one = run_one(folder, name, *SCENARIOS[name])
+    for a, b in zip(lines(one), lines(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["terms"] == pytest.approx(b["terms"], abs=1e-5)
+        assert a["val"] == pytest.approx(b["val"], abs=1e-4)
+    a, b = (load_file(run / "student.safetensors") for run in (one, two))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    a, b = (runs.read_json(run / "summary.json") for run in (one, two))
+    assert a["student"]["best"]["test"] == pytest.approx(b["student"]["best"]["test"], abs=1e-3)
+
+
+def dying(rank: int, what: str, call: int = 14) -> str:
+    """A term by which a process dies at its n-th call, of which the second epoch's first steps are."""
+    return f"losses=[{{kind: ce}}, {{kind: './mine.py:Dies', name: dies, rank: {rank}, call: {call}, what: {what}}}]"
+
+
+def kdctl(folder: Path, *arguments: str, done: str, nproc: int = 2) -> subprocess.CompletedProcess[str]:
+    """`kdctl ... --nproc`, as a user calls it."""
+    return subprocess.run(
+        [sys.executable, "-m", "kdctl", *arguments, "--nproc", str(nproc)],
+        cwd=folder, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DONE": str(folder / done)},
+    )  # fmt: skip
+
+
+def test_a_killed_process_ends_the_others_and_the_run_resumes(folder: Path) -> None:
+    ended = kdctl(folder, "train", "small.yaml", "name=killed", dying(1, "SIGKILL"), "--json", done="killed")
+    run = Run(folder / "runs" / "killed" / "001")
+    assert ended.returncode == 1
+    assert "process 1 of 2 was killed by SIGKILL" in ended.stdout + ended.stderr
+    assert run.info["status"] == "failed"
+    assert [line["epoch"] for line in lines(run)] == [1]
+    resume(run, Reporter())
+    calm = Run(folder / "runs" / "calm" / "001")
+    for a, b in zip(lines(run), lines(calm), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_torchrun_restarts_into_the_same_run(folder: Path) -> None:
+    arguments = ["-m", "kdctl", "train", "small.yaml", "name=restarted", dying(1, "SIGKILL")]
+    ended = torchrun(folder, *arguments, done="restarted", restarts=1)
+    assert ended.returncode == 0, ended.stderr
+    assert [p.name for p in (folder / "runs" / "restarted").iterdir()] == ["001"]
+    run, calm = (Run(folder / "runs" / name / "001") for name in ("restarted", "calm"))
+    assert lines(run) == lines(calm)
+    assert (run / "student.safetensors").read_bytes() == (calm / "student.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("what", "code", "text"), [("raise", 1, "process 1 of 2: ValueError: a fault"), ("nan", 7, "not finite")])
+def test_what_goes_wrong_in_another_process_is_told_by_the_first(what: str, code: int, text: str, folder: Path) -> None:
+    ended = kdctl(folder, "train", "small.yaml", f"name={what}", dying(1, what), "--json", done=what)
+    document = json.loads(ended.stdout)
+    assert (ended.returncode, document["code"]) == (code, code)
+    assert text in document["errors"][0]["message"]
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_group_trains_in_two_processes_and_prints_one_document(folder: Path) -> None:
+    arguments = ["train", "small.yaml", "name=group", "--seeds", "2", "--with-baseline", "--json"]
+    ended = kdctl(folder, *arguments, done="group")
+    assert ended.returncode == 0, ended.stderr
+    document = json.loads(ended.stdout)
+    assert len(document["seeds"]) == 2
+    one = run_one(folder, "group", seeds=2, with_baseline=True)
+    alone = runs.read_json(one / "summary.json")
+    assert document["student"]["best"]["test"] == pytest.approx(alone["student"]["best"]["test"], abs=1e-3)
