@@ -49,7 +49,7 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def settle_by_rule(settings: RunSettings) -> RunSettings:
-    """The settings with every `auto` replaced by a rule of thumb, where nothing is measured (kdctl.probe measures)."""
+    """The settings with every `auto` replaced by a rule of thumb: what holds where nothing is measured."""
     device = choose_device(settings.device)
     check_precision(settings.precision, device)
     on_cuda = device.type == "cuda"
@@ -141,13 +141,14 @@ def processor(device: torch.device) -> str:
 
 
 def apply_settings(settings: RunSettings) -> None:
-    """Sets torch's threads, makes operations deterministic where they can be, and lets CUDA multiply fp32 as TF32."""
+    """Sets torch's threads, makes operations deterministic on a CPU, and lets CUDA multiply fp32 as TF32."""
     if isinstance(settings.threads, int):
         torch.set_num_threads(settings.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    on_cuda = torch.device("cpu" if settings.device == "auto" else settings.device).type == "cuda"
+    torch.use_deterministic_algorithms(not on_cuda, warn_only=True)  # on CUDA they are slower, and not all there
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - a debugging aid that costs a tenth of the time
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if torch.device("cpu" if settings.device == "auto" else settings.device).type == "cuda":
+    if on_cuda:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import shutil
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kdctl import launch, probe, ranks, registry, runs, stats
+from kdctl import ranks, registry, runs, stats
 from kdctl.build import build_data, build_task
 from kdctl.config.dump import dump_yaml, plain
 from kdctl.config.expand import load_experiment
@@ -20,6 +21,7 @@ from kdctl.control import control, with_shared_teachers
 from kdctl.data.prepare import Data
 from kdctl.errors import ConfigError, KdctlError, MissingError
 from kdctl.pipeline import run_stages
+from kdctl.probe import choose
 from kdctl.runs import Run
 from kdctl.watch import Reporter
 
@@ -35,6 +37,12 @@ class Plan:
     with_baseline: bool = False
     run_dir: Path | None = None
 
+    @property
+    def agents(self) -> list[str]:
+        """The torchruns that were asked for this; each with a hash of it, for a process may train several plans."""
+        asked = dump_yaml(self.experiment) + f"{self.seeds} {self.with_baseline}"
+        return [f"{agent} {hashlib.sha256(asked.encode()).hexdigest()[:16]}" for agent in ranks.current().agents]
+
 
 def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     """Trains what the plan names and returns the document of `kdctl train`: a run's summary, or a group's.
@@ -42,16 +50,16 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     With several seeds or a baseline it writes runs/<name>/groups/<NNN>.json before the first run, so that an
     interrupted group resumes where it stopped. Where torchrun has restarted the processes, what they had begun goes on.
     """
-    begun = _begun(plan.run_dir) if launch.restarted() else None
+    begun = _begun(plan)
     if begun is not None:
         reporter.say(f"the processes were restarted: {begun} goes on")
         return _continue(begun, reporter)
     data = build_data(plan.experiment)
-    settled = probe.settle(plan.experiment, data, reporter.say)
+    settled = choose.settle(plan.experiment, data, reporter.say)
     experiment = plan.experiment.model_copy(update={"train": settled})
     reporter.say(f"experiment {experiment.name}: the student is that of stage {experiment.student_stage.name}")
     if plan.seeds == 1 and not plan.with_baseline:
-        run = _create_run(experiment, plan.source, "main", None, plan.run_dir)
+        run = _create_run(experiment, plan.source, "main", None, plan.run_dir, agents=plan.agents)
         reporter.say(f"run {run}")
         return _run_new(run, experiment, reporter, data)
     if plan.with_baseline:
@@ -59,7 +67,9 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     first = experiment.train.seed
     roles = ["main", "control"] if plan.with_baseline else ["main"]
     members = [{"role": r, "seed": s, "run": None} for s in range(first, first + plan.seeds) for r in roles]
-    document = {"format": runs.FORMAT, "name": experiment.name, "source": plan.source, "members": members}
+    document = {
+        "format": runs.FORMAT, "name": experiment.name, "source": plan.source, "agents": plan.agents, "members": members,
+    }  # fmt: skip
     group = runs.create_group(experiment.name, document)
     runs.write_text(group.with_suffix(".yaml"), dump_yaml(experiment))
     reporter.say(f"group {group}: {len(members)} runs")
@@ -86,10 +96,12 @@ def _continue(run: Run, reporter: Reporter, overrides: Sequence[str] = ()) -> di
     return run_stages(run, load_run(run, overrides), reporter)
 
 
-def _begun(run_dir: Path | None) -> Run | None:
+def _begun(plan: Plan) -> Run | None:
     """The run that the torchrun of these processes had begun before it restarted them, the latest of a group."""
-    agents = set(ranks.current().agents)
-    known = runs.all_runs() if run_dir is None else [Run(run_dir)] if runs.is_run(run_dir) else []
+    agents, place = set(plan.agents), plan.run_dir
+    if not agents:
+        return None
+    known = runs.all_runs() if place is None else [Run(place)] if runs.is_run(place) else []
     return next((run for run in reversed(known) if agents & set(run.info.get("agents", []))), None)
 
 
@@ -105,13 +117,14 @@ def _create_run(
     group: str | None,
     run_dir: Path | None = None,
     files: dict[str, Path] | None = None,
+    agents: Sequence[str] = (),
     root: Path = runs.ROOT,
 ) -> Run:
     local, code = _with_local_code(experiment)
     return runs.create(
         experiment.name, dump_yaml(local), source,
         stages=[s.name for s in experiment.stages], seed=experiment.train.seed, role=role, group=group,
-        run_dir=run_dir, files=code | (files or {}), agents=ranks.current().agents, root=root,
+        run_dir=run_dir, files=code | (files or {}), agents=agents, root=root,
     )  # fmt: skip
 
 
@@ -175,8 +188,9 @@ def _run_group(
                 if run is None:
                     mine, files = _member(experiment, member["role"], member["seed"], first)
                     run = _create_run(
-                        mine, document["source"], member["role"], f"groups/{group.name}", files=files, root=root
-                    )
+                        mine, document["source"], member["role"], f"groups/{group.name}",
+                        files=files, agents=document.get("agents", []), root=root,
+                    )  # fmt: skip
                 member["run"] = run.path.name
                 runs.write_json(group, document)
             run = Run(group.parent.parent / member["run"])

@@ -42,18 +42,13 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
-def restarted() -> bool:
-    """Whether torchrun has started these processes again after one of them died."""
-    return world_size() > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def agent() -> str:
     """Names the torchrun that started this process, the same over its restarts; empty where none did.
 
     Its folder for the errors of its processes has a random name.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    return f"{socket.gethostname()}:{os.path.dirname(path.partition('/attempt_')[0])}" if path else ""
+    return f"{socket.gethostname()}:{path.partition('/attempt_')[0]}" if path else ""
 
 
 def end_with_launcher() -> None:
@@ -93,8 +88,8 @@ class _Process:
             self.process.send_signal(number)
 
 
-def start(count: int, arguments: Sequence[str]) -> int:
-    """Runs `kdctl` with these arguments in so many processes until all have ended, and returns their exit code.
+def start(count: int, command: Sequence[str]) -> int:
+    """Runs a command in so many processes until all have ended, and returns their exit code.
 
     SIGINT, SIGTERM and SIGHUP are handed to the first process, which saves and stops all; a second one ends them.
     Raises KdctlError, with the exit code of the process that failed first, where the first process could not say what
@@ -113,7 +108,7 @@ def start(count: int, arguments: Sequence[str]) -> int:
     try:
         port = _free_port()
         for number in range(count):
-            processes.append(_start(number, count, port, arguments))
+            processes.append(_start(number, count, port, command))
         for one in processes:
             threading.Thread(target=one.follow, args=(ended,), daemon=True).start()
         if signals:  # one that came before there was a process
@@ -130,7 +125,7 @@ def _caught() -> list[int]:
     return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def _start(number: int, count: int, port: int, arguments: Sequence[str]) -> _Process:
+def _start(number: int, count: int, port: int, command: Sequence[str]) -> _Process:
     place = {
         "RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, _OWN: 1,
@@ -139,7 +134,7 @@ def _start(number: int, count: int, port: int, arguments: Sequence[str]) -> _Pro
     first = number == 0
     own_group: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}  # Ctrl-C comes through `start` alone
     process = subprocess.Popen(
-        [sys.executable, "-m", "kdctl", *arguments],
+        command,
         env=environment,
         stdin=subprocess.PIPE,
         stdout=None if first else subprocess.DEVNULL,
@@ -178,9 +173,12 @@ def _outcome(processes: list[_Process], order: list[_Process]) -> int:
     own = [one for one in failed if not one.asked] or failed
     killed = next((one for one in own if one.code is not None and one.code < 0), None)
     first = processes[0]
-    if killed is None and first in own and first.code is not None:
+    error = _error(killed or own[0], len(processes))
+    if first in own and first.code is not None and first.code > 0:  # it has said what it knows
+        if killed is not None:
+            print(error.problems[0].message, file=sys.stderr)
         return first.code
-    raise _error(killed or own[0], len(processes))
+    raise error
 
 
 def _error(cause: _Process, count: int) -> KdctlError:

@@ -116,9 +116,7 @@ def _run_train_stage(
         reporter.say(f"stage {stage.name}: {state.finished}")
 
 
-def _open_stores(
-    built: Built, stage: TrainStage, experiment: Experiment, reporter: Reporter, stop: StopSignal
-) -> None:
+def _open_stores(built: Built, stage: TrainStage, experiment: Experiment, reporter: Reporter, stop: StopSignal) -> None:
     """Says what the stores of the stage's teachers hold and will cost; fills them where that is to be done before."""
     if experiment.teacher_cache is None or not built.teachers:
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -144,7 +145,7 @@ def joined() -> Iterator[Ranks]:
     on_cuda = dist.is_nccl_available() and torch.cuda.device_count() >= local_size
     if on_cuda:
         torch.cuda.set_device(local)
-    store, rank, size = next(dist.rendezvous("env://", timeout=_TO_MEET))
+    store, rank, size = _meeting_point()
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     ranks = Ranks(rank, size, local, local_size)
@@ -163,6 +164,31 @@ def joined() -> Iterator[Ranks]:
         raise
     finally:
         _joined = _ALONE
+
+
+def _meeting_point() -> tuple[dist.Store, int, int]:
+    """The store by which the processes find each other, this one's rank, and how many there are.
+
+    torchrun's own store outlives a restart, with the addresses of dead processes in it. So there it only says where
+    that of the first process is; one whose server does not answer is of a process that died.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=_TO_MEET))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store, rank, size
+    host, key, deadline = os.environ["MASTER_ADDR"], "kdctl/port", time.monotonic() + _TO_MEET.total_seconds()
+    if rank == 0:
+        own = dist.TCPStore(host, 0, is_master=True, timeout=_TO_MEET, wait_for_workers=False)
+        store.set(key, str(own.port))
+        return own, rank, size
+    while True:
+        port = int(store.get(key))
+        try:
+            socket.create_connection((host, port), timeout=2).close()
+            return dist.TCPStore(host, port, timeout=_TO_MEET, wait_for_workers=False), rank, size
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise KdctlError(f"the first process cannot be reached at {host}, port {port}: {error}") from error
+            time.sleep(0.1)
 
 
 def _is_lost(error: Exception) -> bool:

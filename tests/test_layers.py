@@ -29,7 +29,7 @@ ORDER = [
     ["teachers"],
     ["methods"],
     ["build"],
-    ["race", "trial", "probe"],
+    ["probe"],
     ["cache"],
     ["checkpoint"],
     ["evaluate"],

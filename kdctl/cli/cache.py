@@ -37,14 +37,15 @@ def cache(
 
 
 def _act(action: str, experiment: Experiment) -> dict[str, Any]:
-    from kdctl import build, probe
+    from kdctl import build
     from kdctl import cache as stores
+    from kdctl.probe import choose
 
     stores.taught_stages(experiment)  # says at once where there is nothing to store
     if action == "clear" and experiment.teacher_cache and experiment.teacher_cache.dir:
         return stores.clear(experiment, lambda: build.build_data(experiment))
     data = build.build_data(experiment)
-    settings = probe.settle(experiment, data, console.say)  # as training does: the precision is in the key
+    settings = choose.settle(experiment, data, console.say)  # as training does: the precision is in the key
     experiment = experiment.model_copy(update={"train": settings})
     if action == "build":
         return stores.build_stores(experiment, data, console.say)

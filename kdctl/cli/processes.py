@@ -55,7 +55,7 @@ def starts_others(nproc: int | None) -> bool:
 
 def start(nproc: int | None) -> Reply:
     """Runs this very command in several processes."""
-    return Elsewhere({}, _nothing, code=launch.start(nproc or 1, sys.argv[1:]))
+    return Elsewhere({}, _nothing, code=launch.start(nproc or 1, [sys.executable, "-m", "kdctl", *sys.argv[1:]]))
 
 
 def lead(work: Callable[[], Reply]) -> Reply:

@@ -221,3 +221,18 @@ def test_clean_logits_are_measured_once_and_kept_to_the_bit(stage):
     unsound = numbers[: len(here.data.val)] * np.float32(np.inf)
     got = cache.clean_logits(here.experiment, here.stage, 0, here.models[0], here.data, "val", lambda: unsound)
     assert got is unsound
+
+
+def test_a_stopped_build_keeps_what_it_has_asked(stage):
+    here = stage("data.eval_batch_size=32")
+    member = cache.Member(here.stage, here.cached(), here.loader, here.data, 32, "fp32", torch.device("cpu"))
+    asked_before_stop = iter(range(2))
+
+    def check():
+        if next(asked_before_stop, None) is None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(member, lambda text: None, check)
+    again = cache.Member(here.stage, here.cached(), here.loader, here.data, 32, "fp32", torch.device("cpu"))
+    assert cache.fill(again, lambda text: None) == 130 + 200 - 3 * 32

@@ -127,7 +127,9 @@ def test_weights_that_are_best_and_last_are_measured_once(
     monkeypatch.setattr(pipeline, "evaluate_run", counting)
     _, document = run_it("data.val_fraction=0")
     assert asked == ["best"] and document["student"]["kept"] == "last"
-    run, document = run_it("teacher=null", "distill=null", "train.epochs=6", "optimizer.lr=0.1", "schedule.kind=constant")
+    run, document = run_it(
+        "teacher=null", "distill=null", "train.epochs=6", "optimizer.lr=0.1", "schedule.kind=constant"
+    )
     result = json.loads((run / "stages/student/result.json").read_text())
     once = result["best_epoch"] == result["epochs"]
     assert asked[1:] == (["best"] if once else ["best", "last"])

@@ -13,9 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdctl import launch, runs
+from kdctl import runs
+from kdctl.config.dump import plain
 from kdctl.config.expand import load_experiment
+from kdctl.errors import MissingError
 from kdctl.experiment import Plan, resume, train
+from kdctl.pipeline import follow
+from kdctl.ranks import Ranks
 from kdctl.runs import Run
 from kdctl.watch import Reporter
 
@@ -71,7 +75,7 @@ SCENARIOS = {
     "plain": [],
     "everything": ["train.ema=0.9", "train.clip_norm=0.5", "train.accumulate=3", "data.limit=265"],
     "pairs": ["losses=[{kind: ce}, {kind: './mine.py:Pairs', weight: 0.05, name: pairs}]", "train.clip_norm=1"],
-    "stored": ["teacher_cache={store: logits, dir: store}", "data.views=1"],
+    "stored": ["teacher_cache={store: logits, dir: store}", "data.views=1", "data.limit=null", "data.batch_size=256"],
     "calm": ["losses=[{kind: ce}, {kind: './mine.py:Dies', name: dies, rank: -1, call: 0, what: SIGKILL}]"],
     "unused": [
         "optimizer={kind: adamw, lr: 0.01}",
@@ -79,7 +83,7 @@ SCENARIOS = {
     ],
 }
 """Overrides of what one and two processes must do alike. 301 = 9 batches of 33 and one of 4; 265 leaves one of 1."""
-JOB = '''
+JOB = """
 import json, sys
 from pathlib import Path
 from kdctl import pipeline, ranks
@@ -92,10 +96,12 @@ with ranks.joined() as everyone:
         for name, overrides in json.loads(Path("scenarios.json").read_text()).items():
             experiment = load_experiment(Path("small.yaml"), [*overrides, f"name={name}"]).experiment
             train(Plan(experiment, ""), Reporter())
+        experiment = load_experiment(Path("small.yaml"), ["name=group"]).experiment
+        train(Plan(experiment, "", seeds=2, with_baseline=True), Reporter())
         everyone.told(None)
     else:
         pipeline.follow()
-'''
+"""
 VOLATILE = ("seconds", "eval_seconds", "times", "samples_per_second")
 
 
@@ -105,7 +111,13 @@ def make(folder: Path) -> None:
     (folder / "job.py").write_text(JOB)
     (folder / "small.yaml").write_text(FILE)
     (folder / "scenarios.json").write_text(json.dumps(SCENARIOS))
-    alone = ["teacher=null", "losses=[{kind: ce}]", "student.hidden=[16]", "data.labels_per_class=all", "train.epochs=1"]
+    alone = [
+        "teacher=null",
+        "losses=[{kind: ce}]",
+        "student.hidden=[16]",
+        "data.labels_per_class=all",
+        "train.epochs=1",
+    ]
     run_one(folder, "teacher", *alone, run_dir=folder / "teacher")
 
 
@@ -150,6 +162,7 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_processes_train_as_one(name: str, folder: Path) -> None:
     two = Run(folder / "runs" / name / "001")
     one = run_one(folder, name, *SCENARIOS[name])
+    assert one.path != two.path
     for a, b in zip(lines(one), lines(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["terms"] == pytest.approx(b["terms"], abs=1e-5)
@@ -161,30 +174,30 @@ def test_two_processes_train_as_one(name: str, folder: Path) -> None:
 
 
 def dying(rank: int, what: str, call: int = 14) -> str:
-    """A term by which a process dies at its n-th call, of which the second epoch's first steps are."""
+    """A term by which a process dies at its n-th call; 10 steps are an epoch, and one call is the dry run's."""
     return f"losses=[{{kind: ce}}, {{kind: './mine.py:Dies', name: dies, rank: {rank}, call: {call}, what: {what}}}]"
 
 
-def kdctl(folder: Path, *arguments: str, done: str, nproc: int = 2) -> subprocess.CompletedProcess[str]:
-    """`kdctl ... --nproc`, as a user calls it."""
-    return subprocess.run(
-        [sys.executable, "-m", "kdctl", *arguments, "--nproc", str(nproc)],
-        cwd=folder, capture_output=True, text=True, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DONE": str(folder / done)},
+def nproc(folder: Path, name: str, what: str, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """`kdctl train --nproc 2` in which the second process fails: exit code, JSON document and stderr."""
+    given = ["train", "small.yaml", f"name={name}", dying(1, what), "--nproc", "2", "--json", *arguments]
+    ended = subprocess.run(
+        [sys.executable, "-m", "kdctl", *given], cwd=folder, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DONE": str(folder / name)},
     )  # fmt: skip
+    assert "Traceback" not in ended.stderr
+    return ended.returncode, json.loads(ended.stdout), ended.stderr
 
 
 def test_a_killed_process_ends_the_others_and_the_run_resumes(folder: Path) -> None:
-    ended = kdctl(folder, "train", "small.yaml", "name=killed", dying(1, "SIGKILL"), "--json", done="killed")
-    run = Run(folder / "runs" / "killed" / "001")
-    assert ended.returncode == 1
-    assert "process 1 of 2 was killed by SIGKILL" in ended.stdout + ended.stderr
+    code, document, _ = nproc(folder, "killed", "SIGKILL")
+    run, calm = (Run(folder / "runs" / name / "001") for name in ("killed", "calm"))
+    assert (code, document["code"]) == (1, 1)
+    assert any("process 1 of 2" in error["message"] for error in document["errors"])
     assert run.info["status"] == "failed"
     assert [line["epoch"] for line in lines(run)] == [1]
     resume(run, Reporter())
-    calm = Run(folder / "runs" / "calm" / "001")
-    for a, b in zip(lines(run), lines(calm), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    assert [line["loss"] for line in lines(run)] == pytest.approx([line["loss"] for line in lines(calm)], abs=1e-5)
 
 
 def test_torchrun_restarts_into_the_same_run(folder: Path) -> None:
@@ -197,21 +210,47 @@ def test_torchrun_restarts_into_the_same_run(folder: Path) -> None:
     assert (run / "student.safetensors").read_bytes() == (calm / "student.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("what", "code", "text"), [("raise", 1, "process 1 of 2: ValueError: a fault"), ("nan", 7, "not finite")])
-def test_what_goes_wrong_in_another_process_is_told_by_the_first(what: str, code: int, text: str, folder: Path) -> None:
-    ended = kdctl(folder, "train", "small.yaml", f"name={what}", dying(1, what), "--json", done=what)
-    document = json.loads(ended.stdout)
-    assert (ended.returncode, document["code"]) == (code, code)
+def test_a_signal_to_one_process_stops_all_and_prints_one_document(folder: Path) -> None:
+    code, document, _ = nproc(folder, "stopped", "SIGTERM")
+    run = Run(folder / "runs" / "stopped" / "001")
+    assert (code, document["status"], document["run"]) == (143, "interrupted", "runs/stopped/001")
+    assert run.info["status"] == "interrupted"
+    resume(run, Reporter())
+    assert run.info["status"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "code", "text"),
+    [("raise", 1, "process 1 of 2: ValueError: a fault"), ("nan", 7, "the loss is not finite")],
+)
+def test_the_first_process_says_what_went_wrong_in_another(what: str, code: int, text: str, folder: Path) -> None:
+    got, document, _ = nproc(folder, what, what)
+    assert (got, document["code"]) == (code, code)
     assert text in document["errors"][0]["message"]
-    assert "Traceback" not in ended.stderr
 
 
-def test_a_group_trains_in_two_processes_and_prints_one_document(folder: Path) -> None:
-    arguments = ["train", "small.yaml", "name=group", "--seeds", "2", "--with-baseline", "--json"]
-    ended = kdctl(folder, *arguments, done="group")
-    assert ended.returncode == 0, ended.stderr
-    document = json.loads(ended.stdout)
-    assert len(document["seeds"]) == 2
-    one = run_one(folder, "group", seeds=2, with_baseline=True)
-    alone = runs.read_json(one / "summary.json")
-    assert document["student"]["best"]["test"] == pytest.approx(alone["student"]["best"]["test"], abs=1e-3)
+def test_a_group_is_the_same_in_two_processes(folder: Path) -> None:
+    two = runs.read_json(folder / "runs" / "group" / "groups" / "001.json")["result"]
+    run_one(folder, "group", seeds=2, with_baseline=True)
+    one = runs.read_json(folder / "runs" / "group" / "groups" / "002.json")["result"]
+    assert len(two["seeds"]) == 2
+    for a, b in zip(one["seeds"], two["seeds"], strict=True):
+        for who in ("student", "baseline"):
+            assert a[who]["test"] == pytest.approx(b[who]["test"], abs=1e-3)
+    assert one["summary"]["gain"]["mean"] == pytest.approx(two["summary"]["gain"]["mean"], abs=1e-3)
+
+
+def test_a_store_filled_by_two_processes_is_whole(folder: Path) -> None:
+    names = sorted(path.name for path in (folder / "store").iterdir())
+    assert "train.0.0.block" in names
+    assert not [name for name in names if name.startswith("train.0") and name.endswith(".segment")]
+
+
+def test_a_process_that_does_not_see_the_run_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = {"run": str(folder / "runs" / "plain" / "001"), "created": "another one of that name"}
+    experiment = load_experiment(folder / "small.yaml", []).experiment
+    order |= {"experiment": plain(experiment), "stage": "student"}
+    monkeypatch.setattr(Ranks, "told", lambda self, value=None: order)
+    with pytest.raises(MissingError, match="does not see the run directory"):
+        follow()

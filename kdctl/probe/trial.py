@@ -16,7 +16,7 @@ from kdctl.data.prepare import Data
 from kdctl.device import apply_settings, autocast, compiled
 from kdctl.models.record import Model
 from kdctl.optim.optimizers import build_optimizer
-from kdctl.race import Choice
+from kdctl.probe.race import Choice
 from kdctl.signals import Batch
 from kdctl.teachers.live import LiveTeacher
 

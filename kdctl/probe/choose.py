@@ -36,9 +36,9 @@ from kdctl.device import (
 )
 from kdctl.errors import KdctlError
 from kdctl.losses.base import Loss
-from kdctl.race import Choice, Clock, Measure, Options, fastest
+from kdctl.probe.race import Choice, Clock, Measure, Options, fastest
+from kdctl.probe.trial import Trial
 from kdctl.teachers.key import class_code
-from kdctl.trial import Trial
 
 _FORMAT = 1
 _FILE = "probe.json"

@@ -13,6 +13,8 @@ _SHARE = 0.05
 """Measuring takes this share of the time that training is expected to take, within those bounds."""
 GAIN = 0.05
 """A less plain choice must save at least this share of the time, so that noise decides nothing."""
+ROUNDING = 1.1
+"""Time of a step in less than fp32 counts this many times: it changes the numbers, so it must save more."""
 _SLACK = (2.0, 1.5, 1.25, 1.15, 1.15, 1.15, 1.15)
 """After each round of measurements: how many times as slow as the fastest a candidate may be to stay in."""
 _NEAR = 1.3
@@ -150,7 +152,7 @@ def race(candidates: Sequence[Choice], measure: Measure, clock: Clock, deadline:
             if times and clock() >= deadline + (BUDGET_S if number == 0 else 0):
                 return times
             try:
-                seconds = measure(choice)
+                seconds = min(measure(choice) for _ in range(2 if number == 0 else 1))  # the first one warms up
             except FAILURES:
                 alive.remove(choice)
                 times.pop(choice, None)
@@ -166,7 +168,8 @@ def race(candidates: Sequence[Choice], measure: Measure, clock: Clock, deadline:
 
 
 def plainest_of_fast(times: Times) -> Choice:
-    """The plainest of the choices that are within GAIN of the fastest."""
-    best = min(min(own) for own in times.values())
-    fast = [choice for choice, own in times.items() if min(own) * (1 - GAIN) <= best]
+    """The plainest of the choices that are within GAIN of the fastest, in times that count ROUNDING."""
+    counted = {choice: min(own) * (1 if choice.precision == "fp32" else ROUNDING) for choice, own in times.items()}
+    best = min(counted.values())
+    fast = [choice for choice, seconds in counted.items() if seconds * (1 - GAIN) <= best]
     return min(fast, key=lambda choice: choice.plainness)

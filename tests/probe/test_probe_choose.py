@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from kdctl import build, probe, runs
+from kdctl import build, runs
 from kdctl.config.expand import load_experiment
 from kdctl.config.schema import Experiment, RunSettings
 from kdctl.device import settle_by_rule
 from kdctl.errors import ConfigError, KdctlError
-from kdctl.race import Choice
-from kdctl.trial import Trial
+from kdctl.probe import choose
+from kdctl.probe.race import Choice
+from kdctl.probe.trial import Trial
 
+SETTLE = choose.settle
+"""The real one: other tests settle by rule."""
 FILE = """
 name: small
 data: {kind: digits, limit: 200, batch_size: 32}
@@ -51,8 +54,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KDCTL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(probe, "usable_cores", lambda: 2)
-    monkeypatch.setattr(probe, "has_fast_bf16", lambda _: True)
+    monkeypatch.setattr(choose, "usable_cores", lambda: 2)
+    monkeypatch.setattr(choose, "has_fast_bf16", lambda _: True)
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache"
@@ -67,7 +70,7 @@ def settled(experiment: Experiment, bench: Any = None) -> tuple[RunSettings, lis
     said: list[str] = []
     clock = {} if bench is None or not hasattr(bench, "clock") else {"clock": bench.clock}
     data = build.build_data(experiment)
-    return probe.settle(experiment, data, said.append, bench, **clock), said
+    return SETTLE(experiment, data, said.append, bench, **clock), said
 
 
 def chosen(settings: RunSettings) -> tuple[Any, ...]:
@@ -106,7 +109,7 @@ def test_the_environment_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_slow_bf16_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "has_fast_bf16", lambda _: False)
+    monkeypatch.setattr(choose, "has_fast_bf16", lambda _: False)
     assert settled(small(), Bench(bf16=0.1))[0].precision == "fp32"
 
 
@@ -116,8 +119,8 @@ def test_fp16_on_a_cpu_is_refused() -> None:
 
 
 def test_threads_leave_room_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "usable_cores", lambda: 8)
-    monkeypatch.setattr(probe, "num_workers", lambda *_: 2)
+    monkeypatch.setattr(choose, "usable_cores", lambda: 8)
+    monkeypatch.setattr(choose, "num_workers", lambda *_: 2)
     assert settled(small(), Bench(threads6=0.5, threads8=0.1))[0].threads == 6
 
 
@@ -152,7 +155,7 @@ def test_another_machine_measures_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     for change in (("usable_cores", lambda: 3), ("processor", lambda _: "another")):
         settled(small(), bench)
         calls = bench.calls
-        monkeypatch.setattr(probe, *change)
+        monkeypatch.setattr(choose, *change)
         settled(small(), bench)
         assert bench.calls > calls
 
@@ -221,7 +224,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], int]]:
         assert all(spec.weights is None for spec in (student, *teachers))
         return Bench()
 
-    monkeypatch.setattr(probe, "Trial", trial)
+    monkeypatch.setattr(choose, "Trial", trial)
     return made
 
 
