@@ -68,7 +68,8 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     roles = ["main", "control"] if plan.with_baseline else ["main"]
     members = [{"role": r, "seed": s, "run": None} for s in range(first, first + plan.seeds) for r in roles]
     document = {
-        "format": runs.FORMAT, "name": experiment.name, "source": plan.source, "agents": plan.agents, "members": members,
+        "format": runs.FORMAT, "name": experiment.name, "source": plan.source, "agents": plan.agents,
+        "members": members,
     }  # fmt: skip
     group = runs.create_group(experiment.name, document)
     runs.write_text(group.with_suffix(".yaml"), dump_yaml(experiment))

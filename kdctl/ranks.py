@@ -7,6 +7,7 @@ numbers them, from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, M
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -155,6 +156,7 @@ def joined() -> Iterator[Ranks]:
     try:
         yield _joined
         dist.barrier()
+        gc.collect()  # what still holds the group would keep its threads into the interpreter's end, which aborts them
         dist.destroy_process_group()
     except Exception as error:
         if _is_lost(error):

@@ -57,7 +57,9 @@ class Batch:
         positions = torch.arange(self.size).tensor_split(min(parts, self.size))
         return [self.take(slice(int(p[0]), int(p[-1]) + 1)) for p in positions]
 
-    def take(self, rows: slice) -> Batch:
+    def take(self, rows: slice | Tensor) -> Batch:
+        """The samples at these rows."""
+
         def cut(value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: cut(v) for k, v in value.items()}

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from kdctl.signals import Batch, Signals
 from kdctl.teachers.base import Teacher
@@ -44,26 +41,9 @@ class CachedTeacher(Teacher):
         if missing is not None and count:
             contents = self.store.contents
             rows = torch.nonzero(missing).flatten()
-            part = batch if count == batch.size else _take(batch, rows.to(batch.index.device))
+            part = batch if count == batch.size else batch.take(rows.to(batch.index.device))
             self.store.add(part, self.live(part, contents.taps, contents.logits))
         return count
 
     def flush(self) -> None:
         self.store.flush()
-
-
-def _take(batch: Batch, rows: Tensor) -> Batch:
-    """The samples at these rows (n,)."""
-
-    def cut(value: Any) -> Any:
-        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value[rows]
-
-    return replace(
-        batch,
-        inputs=cut(batch.inputs),
-        targets=batch.targets[rows],
-        index=batch.index[rows],
-        view=batch.view[rows],
-        keep=None if batch.keep is None else batch.keep[rows],
-        extra=cut(batch.extra),
-    )

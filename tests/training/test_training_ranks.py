@@ -72,11 +72,11 @@ optimizer: {kind: sgd, lr: 0.1, momentum: 0.9}
 train: {epochs: 2, device: cpu, threads: 1, precision: fp32, layout: contiguous}
 """
 SCENARIOS = {
+    "calm": ["losses=[{kind: ce}, {kind: './mine.py:Dies', name: dies, rank: -1, call: 0, what: SIGKILL}]"],
     "plain": [],
     "everything": ["train.ema=0.9", "train.clip_norm=0.5", "train.accumulate=3", "data.limit=265"],
     "pairs": ["losses=[{kind: ce}, {kind: './mine.py:Pairs', weight: 0.05, name: pairs}]", "train.clip_norm=1"],
     "stored": ["teacher_cache={store: logits, dir: store}", "data.views=1", "data.limit=null", "data.batch_size=256"],
-    "calm": ["losses=[{kind: ce}, {kind: './mine.py:Dies', name: dies, rank: -1, call: 0, what: SIGKILL}]"],
     "unused": [
         "optimizer={kind: adamw, lr: 0.01}",
         "losses=[{kind: hint, weight: {0: 0, 1: 1}, taps: [layer1]}, {kind: ce, weight: {0: 1, 1: 0}}]",
