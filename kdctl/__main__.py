@@ -19,9 +19,15 @@ def main() -> int:
         return 0
     if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded, which is later
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)
+    from kdctl import launch
     from kdctl.cli.app import run
 
-    return run(sys.argv[1:])
+    code = run(sys.argv[1:])
+    if launch.world_size() > 1:  # a thread of torch.distributed that is still at work would abort the interpreter's end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from kdctl.data.base import Split
 from kdctl.data.loader import clean_batches
 from kdctl.data.prepare import Data
 from kdctl.errors import MissingError, Problem
+from kdctl.models.fold import folded
 from kdctl.models.record import Model, load_model
 from kdctl.runs import Run
 from kdctl.signals import find_logits
@@ -168,7 +170,7 @@ def evaluate_run(
     size = experiment.data.eval_batch_size
     student = load_student(run, experiment, checkpoint)
     build.check_fits(student.record, data, "student")
-    predictions = predict(TorchPredictor(student, device), samples, size)
+    predictions = predict(TorchPredictor(_quick(student), device), samples, size)
     document = describe(predictions, task, data) | {"split": split, "checkpoint": checkpoint}
     teacher, notes = predict_teacher(run, experiment, data, split, device) if with_teacher else (None, [])
     document["teacher"] = None if teacher is None else metrics(teacher, task)
@@ -193,8 +195,15 @@ def evaluate_config(experiment: Experiment, split: str = "test", device: str = "
         raise MissingError(Problem("the student has no weights to measure", key="student.weights", hint=hint))
     data, task = build.build_data(experiment), build.build_task(experiment)
     student = build.build_model(experiment.student, data, "student")
-    predictions = predict(TorchPredictor(student, device), data.split(split), experiment.data.eval_batch_size)
+    predictions = predict(TorchPredictor(_quick(student), device), data.split(split), experiment.data.eval_batch_size)
     return describe(predictions, task, data) | {"split": split, "teacher": None, "agreement": None, "notes": []}
+
+
+def _quick(model: Model) -> Model:
+    """The model in the form that predicts most samples a second, the same up to rounding: batch normalisation folded,
+    channels last in memory."""
+    net = copy.deepcopy(folded(model.eval().net))
+    return Model(net, model.record, model.base).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def describe(predictions: Predictions, task: Task, data: Data) -> dict[str, Any]:
@@ -239,7 +248,7 @@ def predict_teacher(
     for number, model in enumerate(teachers):
 
         def measure(model: Model = model) -> Floats:
-            return predict(TorchPredictor(model, device), samples, size).logits
+            return predict(TorchPredictor(_quick(model), device), samples, size).logits
 
         kept = experiment.teacher_cache is not None and device == "cpu"
         said.append(clean_logits(experiment, stage, number, model, data, split, measure) if kept else measure())

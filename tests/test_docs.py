@@ -106,6 +106,14 @@ def in_process(words: list[str]) -> tuple[int, str]:
     return code, seen.getvalue()
 
 
+def in_several(words: list[str]) -> tuple[int, str]:
+    """The same of a command that starts itself anew in several processes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kdctl", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return done.returncode, done.stdout
+
+
 def stopped(words: list[str]) -> tuple[int, str]:
     """The same of a process that gets SIGINT after its first epoch."""
     process = subprocess.Popen(
@@ -145,7 +153,8 @@ def follow(document: str) -> None:
             path, *overrides = [w for w in command.words[1:] if not w.startswith("-")]
             load_experiment(ROOT / path, [o for o in overrides if "=" in o], require_files=False)
             continue
-        code, printed = (stopped if command.interrupted else in_process)(command.words)
+        way = stopped if command.interrupted else in_several if "--nproc" in command.words else in_process
+        code, printed = way(command.words)
         assert code == command.code, f"`{line}` ended with {code}:\n{printed}"
         absent = first_unprinted(command.shown, printed)
         assert absent is None, f"`{line}` did not print `{absent}`:\n{printed}"

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from kdctl import runs
+from kdctl.build import build_data, build_task
 from kdctl.config.dump import plain
 from kdctl.config.expand import load_experiment
 from kdctl.errors import MissingError
+from kdctl.evaluate import TorchPredictor, load_student, metrics, predict
 from kdctl.experiment import Plan, resume, train
 from kdctl.pipeline import follow
 from kdctl.ranks import Ranks
@@ -74,15 +76,21 @@ train: {epochs: 2, device: cpu, threads: 1, precision: fp32, layout: contiguous}
 SCENARIOS = {
     "calm": ["losses=[{kind: ce}, {kind: './mine.py:Dies', name: dies, rank: -1, call: 0, what: SIGKILL}]"],
     "plain": [],
-    "everything": ["train.ema=0.9", "train.clip_norm=0.5", "train.accumulate=3", "data.limit=265"],
-    "pairs": ["losses=[{kind: ce}, {kind: './mine.py:Pairs', weight: 0.05, name: pairs}]", "train.clip_norm=1"],
+    "everything": ["train.ema=0.9", "train.clip_norm=0.5", "train.accumulate=3", "data.limit=269"],
+    "pairs": [
+        "losses=[{kind: ce}, {kind: './mine.py:Pairs', weight: 0.05, name: pairs}]",
+        "train.clip_norm=1",
+        "data.limit=265",
+    ],
     "stored": ["teacher_cache={store: logits, dir: store}", "data.views=1", "data.limit=null", "data.batch_size=256"],
     "unused": [
         "optimizer={kind: adamw, lr: 0.01}",
         "losses=[{kind: hint, weight: {0: 0, 1: 1}, taps: [layer1]}, {kind: ce, weight: {0: 1, 1: 0}}]",
     ],
 }
-"""Overrides of what one and two processes must do alike. 301 = 9 batches of 33 and one of 4; 265 leaves one of 1."""
+"""Overrides of what one and two processes must do alike. The last batch has 4 samples; of 269 samples 5, of which one
+process has 2 and the other 3; of 265 one, which is joined to the batch before."""
+BATCH_NORM = ["student={kind: digits_cnn, width: 4}", "train.ema=0.5"]
 JOB = """
 import json, sys
 from pathlib import Path
@@ -110,7 +118,7 @@ def make(folder: Path) -> None:
     (folder / "mine.py").write_text(MINE)
     (folder / "job.py").write_text(JOB)
     (folder / "small.yaml").write_text(FILE)
-    (folder / "scenarios.json").write_text(json.dumps(SCENARIOS))
+    (folder / "scenarios.json").write_text(json.dumps(SCENARIOS | {"batch_norm": BATCH_NORM}))
     alone = [
         "teacher=null",
         "losses=[{kind: ce}]",
@@ -132,7 +140,7 @@ def torchrun(folder: Path, *arguments: str, done: str, restarts: int = 0) -> sub
     settings = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *settings, *arguments],
-        cwd=folder, capture_output=True, text=True, timeout=120,
+        cwd=folder, capture_output=True, text=True, timeout=60,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DONE": str(folder / done)},
     )  # fmt: skip
 
@@ -182,7 +190,7 @@ def nproc(folder: Path, name: str, what: str, *arguments: str) -> tuple[int, dic
     """`kdctl train --nproc 2` in which the second process fails: exit code, JSON document and stderr."""
     given = ["train", "small.yaml", f"name={name}", dying(1, what), "--nproc", "2", "--json", *arguments]
     ended = subprocess.run(
-        [sys.executable, "-m", "kdctl", *given], cwd=folder, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "kdctl", *given], cwd=folder, capture_output=True, text=True, timeout=60,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DONE": str(folder / name)},
     )  # fmt: skip
     assert "Traceback" not in ended.stderr
@@ -239,6 +247,17 @@ def test_a_group_is_the_same_in_two_processes(folder: Path) -> None:
         for who in ("student", "baseline"):
             assert a[who]["test"] == pytest.approx(b[who]["test"], abs=1e-3)
     assert one["summary"]["gain"]["mean"] == pytest.approx(two["summary"]["gain"]["mean"], abs=1e-3)
+
+
+def test_statistics_of_batch_norm_are_those_that_were_validated(folder: Path) -> None:
+    """Every process has running statistics of its own; those of the first one are validated and shipped."""
+    run = Run(folder / "runs" / "batch_norm" / "001")
+    assert (run / "log.txt").read_text().count("BatchNorm, on a CPU,") == 1
+    experiment = load_experiment(run.config).experiment
+    data = build_data(experiment)
+    assert data.val is not None
+    said = predict(TorchPredictor(load_student(run, experiment, "last")), data.val, 512)
+    assert lines(run)[-1]["val"]["nll"] == pytest.approx(metrics(said, build_task(experiment))["nll"], abs=1e-5)
 
 
 def test_a_store_filled_by_two_processes_is_whole(folder: Path) -> None:
