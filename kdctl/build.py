@@ -19,7 +19,7 @@ from kdctl.data.augment import Augment
 from kdctl.data.loader import TrainLoader
 from kdctl.data.prepare import Data, prepare
 from kdctl.device import choose_device
-from kdctl.errors import ConfigError, Problem
+from kdctl.errors import ConfigError, MissingError, Problem
 from kdctl.losses.base import DryRun, Loss
 from kdctl.methods.base import Method, Term
 from kdctl.models import record as records
@@ -242,6 +242,17 @@ def _check_gradient(term: Term, student: Model, seen: Signals, teacher: Signals 
 # -------------------------------------------------------------------------------------------------------------- stages
 
 
+def _own_device(name: str) -> torch.device:
+    """The device that is asked for; of several processes on a machine with CUDA each takes one of its own."""
+    device, everyone = choose_device(name), ranks.current()
+    if device.type != "cuda" or everyone.size == 1:
+        return device
+    if everyone.local_size > torch.cuda.device_count():
+        message = f"{everyone.local_size} processes on this machine, which has {torch.cuda.device_count()} GPUs"
+        raise MissingError(message, hint="each process needs one of its own: start fewer, or train on the cpu")
+    return torch.device("cuda", everyone.local)
+
+
 def build_stage(
     experiment: Experiment,
     stage: TrainStage,
@@ -251,9 +262,7 @@ def build_stage(
 ) -> Built:
     """All objects of one training stage. `start` is the stem of the weights it starts from, None for fresh ones."""
     settings, everyone = experiment.train, ranks.current()
-    device = choose_device(settings.device)
-    if device.type == "cuda" and everyone.size > 1:
-        device = torch.device("cuda", everyone.local)
+    device = _own_device(settings.device)
     task = build_task(experiment)
     data = data.for_stage(stage.data)
     spec = stage.student or experiment.student

@@ -24,6 +24,8 @@ from kdctl.errors import KdctlError, Problem
 _OWN = "KDCTL_LAUNCHED"
 _PATIENCE = 5.0
 """Seconds that processes have to end by themselves, and again to end after SIGTERM."""
+_TO_SAVE = 60.0
+"""Seconds that a process without its launcher has to finish a step and to save."""
 _SHOWN_LINES = 20
 
 
@@ -59,6 +61,8 @@ def end_with_launcher() -> None:
     def wait() -> None:
         if not os.read(0, 1):  # the launcher holds the other end
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_TO_SAVE)
+            os._exit(143)  # it waits for a process that is gone, and never comes to read the signal
 
     threading.Thread(target=wait, daemon=True).start()
 

@@ -135,9 +135,8 @@ class Step:
     def _check_finite(self, loss: Tensor, sums: dict[str, Tensor]) -> None:
         if loss.device.type == "cuda" and self._number % _LOOK_EVERY:
             return
-        finite = torch.isfinite(self._ranks.total(torch.stack([loss, *sums.values()]).detach())).tolist()
-        if not finite[0]:
-            bad = [name for name, good in zip(sums, finite[1:], strict=True) if not good]
+        if not torch.isfinite(loss):
+            bad = [name for name, value in sums.items() if not torch.isfinite(value)]
             raise diverged(bad or list(sums), f"step {self._number}")
 
     def _take_smaller(self, batch: Batch) -> None:

@@ -78,6 +78,16 @@ class SGD(_Fused, torch.optim.SGD):
             groups, lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=_can_fuse(groups)
         )
 
+    def step(self, closure: Any = None) -> Any:
+        """One update. A parameter whose first gradient comes later than that of others starts with a momentum of zero,
+        which is what torch's own unfused step gives it; its fused one fails."""
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None] if group["momentum"] else []
+            fresh = [p for p in moved if self.state[p].get("momentum_buffer") is None]
+            for parameter in fresh if len(fresh) < len(moved) else ():
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return super().step(closure)
+
 
 class Adam(_Fused, torch.optim.Adam):
     """Adam (Kingma & Ba, ICLR 2015); weight decay is part of the gradient.

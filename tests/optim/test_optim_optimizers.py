@@ -138,3 +138,20 @@ def test_fused_steps_work_with_gradient_scaling() -> None:
     scaler.update()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert scaler.get_scale() == 512
+
+
+@pytest.mark.parametrize("kind, reference", [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_a_parameter_may_get_its_first_gradient_later_than_others(kind: str, reference: Any) -> None:
+    """As the adapters of a term do whose weight begins at zero."""
+    arguments = {"lr": 0.1} | ({"momentum": 0.9, "nesterov": True} if kind == "sgd" else {})
+    ours, theirs = net(), net()
+    for model, optimizer in (
+        (ours, build_optimizer(kind, arguments, ours)),
+        (theirs, reference(theirs.parameters(), **arguments, foreach=False)),
+    ):
+        for parts in (model[:1], model, model):
+            optimizer.zero_grad()
+            (parts(torch.ones(3, 4)) - 1).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
