@@ -242,11 +242,27 @@ def _check_gradient(term: Term, student: Model, seen: Signals, teacher: Signals 
 # -------------------------------------------------------------------------------------------------------------- stages
 
 
+def _synchronise(module: nn.Module) -> None:
+    """Has batch normalisation take its statistics from the batches of all processes, in place.
+
+    Raises ConfigError for a subclass, whose own forward pass torch's conversion would drop.
+    """
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    for path, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and type(part) not in (*plain, nn.SyncBatchNorm):
+            message = f"{path} is a {type(part).__name__}, of which no synchronised form is known"
+            raise ConfigError(Problem(message, key="student", hint="train this student in one process"))
+    nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
 def _own_device(name: str) -> torch.device:
     """The device that is asked for; of several processes on a machine with CUDA each takes one of its own."""
     device, everyone = choose_device(name), ranks.current()
     if device.type != "cuda" or everyone.size == 1:
         return device
+    if device.index is not None:
+        message = f"'{name}' is one GPU, and each of {everyone.size} processes takes its own"
+        raise ConfigError(Problem(message, key="train.device", hint="device: cuda; CUDA_VISIBLE_DEVICES chooses which"))
     if everyone.local_size > torch.cuda.device_count():
         message = f"{everyone.local_size} processes on this machine, which has {torch.cuda.device_count()} GPUs"
         raise MissingError(message, hint="each process needs one of its own: start fewer, or train on the cpu")
@@ -284,7 +300,8 @@ def build_stage(
     )
 
     if device.type == "cuda" and everyone.size > 1:
-        student.net = nn.SyncBatchNorm.convert_sync_batchnorm(student.net)
+        for module in (student, *terms):
+            _synchronise(module)
     layout = torch.channels_last if settings.layout == "channels_last" else torch.contiguous_format
     for model in (student, *models):
         model.to(device=device).to(memory_format=layout)  # type: ignore[call-overload]
@@ -292,6 +309,9 @@ def build_stage(
         term.to(device)
     members = _teachers(experiment, stage, models, task, data, taps)
     teacher = _together(members, taps)
+    if settings.compile is True and any(term.loss.taps for term in terms):
+        message = "a student with taps cannot be compiled: its features would be lost"
+        raise ConfigError(Problem(message, key="train.compile", hint="compile: false, for main run and control alike"))
     method: Method = registry.create(
         "methods", stage.method.kind, stage.method.arguments,
         student=student, teacher=teacher, terms=terms, task=task, frozen=stage.frozen,

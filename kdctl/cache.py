@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kdctl.config.schema import Experiment, TrainStage
 from kdctl.data.loader import TrainLoader, clean_batches
 from kdctl.data.prepare import Data
 from kdctl.device import apply_settings, autocast, choose_device
-from kdctl.errors import ConfigError, MissingError, Problem
+from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
 from kdctl.models.record import Model
 from kdctl.signals import CLEAN, Batch
 from kdctl.teachers import store as stores
@@ -203,8 +204,9 @@ def clean_logits(
         return turn.take("logits", index)
     logits = measure()
     if np.isfinite(logits).all():
-        store.put(turn, index, {"logits": logits})
-        store.flush()
+        with suppress(KdctlError):  # a store that cannot be written costs time, and no result
+            store.put(turn, index, {"logits": logits})
+            store.flush()
     return logits
 
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-SECTIONS = ("data", "teacher", "forward", "backward", "optimizer", "evaluation")
-"""What training spends its time on; whatever is in none of them is `other`."""
+SECTIONS = ("data", "teacher", "forward", "backward", "optimizer", "exchange", "evaluation")
+"""What training spends its time on; `exchange` is between processes, and `other` whatever is in none of them."""
 
 
 class Clock:

@@ -149,6 +149,8 @@ def apply_settings(settings: RunSettings) -> None:
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - a debugging aid that costs a tenth of the time
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if on_cuda:
+        if torch.device(settings.device).index is not None:
+            torch.cuda.set_device(settings.device)  # events and waiting are of the current device
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
 
@@ -179,4 +181,4 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 def compiled(model: nn.Module) -> nn.Module:
     """The model compiled as training compiles it; it shares the parameters."""
-    return torch.compile(model, mode="reduce-overhead")  # type: ignore[return-value]
+    return torch.compile(model)  # type: ignore[return-value]

@@ -23,6 +23,7 @@ from kdctl.data.prepare import Data
 from kdctl.errors import MissingError, Problem
 from kdctl.models.fold import folded
 from kdctl.models.record import Model, load_model
+from kdctl.ranks import Ranks
 from kdctl.runs import Run
 from kdctl.signals import find_logits
 from kdctl.tasks.base import Task
@@ -117,7 +118,7 @@ def validate(
 
     Of several processes each takes its part of the split and has the metrics of the whole, every sample counted once.
     """
-    everyone = ranks.current()
+    everyone = ranks.current() if len(split) >= ranks.current().size else Ranks()
     own = split if everyone.size == 1 else split.subset(torch.arange(len(split))[everyone.part(len(split))])
     was_training = {name: module.training for name, module in model.named_modules()}
     model.eval()

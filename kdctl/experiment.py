@@ -74,6 +74,7 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     group = runs.create_group(experiment.name, document)
     runs.write_text(group.with_suffix(".yaml"), dump_yaml(experiment))
     reporter.say(f"group {group}: {len(members)} runs")
+    del data  # each run reads its own
     return _run_group(group, experiment, reporter)
 
 

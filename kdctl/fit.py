@@ -139,10 +139,15 @@ def _train_epoch(loop: Loop) -> bool:
         state.samples += batch.size
         state.epoch_seconds = before + time.monotonic() - began
         loop.reporter.step(stage.name, state.epoch, stage.epochs, state.step, steps)
-        if everyone.any(stop.number is not None):
+        with loop.clock.section("exchange"):
+            stopped = everyone.any(stop.number is not None)
+        if stopped:
             return True
         if math.isfinite(loop.budget) and everyone.any(loop.spent()):
-            return False
+            break
+    if built.device.type == "cuda":  # the last steps are only begun
+        torch.cuda.synchronize(built.device)
+        state.epoch_seconds = before + time.monotonic() - began
     return False
 
 
@@ -162,8 +167,7 @@ def _end_epoch(loop: Loop) -> None:
     built, state, stage = loop.built, loop.state, loop.stage
     began = time.monotonic()
     loss, samples, sums = _totals(state)
-    if not math.isfinite(loss):  # on CUDA not every step is looked at
-        raise diverged([n for n, v in sums.items() if not math.isfinite(v)] or list(sums), f"epoch {state.epoch + 1}")
+    _check_finite(state, loss, sums)
     val: dict[str, float] = {}
     if built.data.val is not None:
         with loop.clock.section("evaluation"), _averaged(loop):
@@ -208,6 +212,12 @@ def _totals(state: Progress) -> tuple[float, int, dict[str, float]]:
     return loss, int(samples), dict(zip(state.sums, sums, strict=True))
 
 
+def _check_finite(state: Progress, loss: float, sums: dict[str, float]) -> None:
+    """Raises DivergedError before anything is saved: on CUDA not every step is looked at."""
+    if not math.isfinite(loss):
+        raise diverged([n for n, v in sums.items() if not math.isfinite(v)] or list(sums), f"epoch {state.epoch + 1}")
+
+
 class _averaged:
     """Puts the averaged weights into the student for a while; nothing without EMA."""
 
@@ -242,6 +252,7 @@ def _save(loop: Loop) -> None:
     if built.teacher is not None:
         built.teacher.flush()
     loss, samples, sums = _totals(loop.state)
+    _check_finite(loop.state, loss, sums)
     random = ranks.current().collected(checkpoint.random_state(built.device))
     state: dict[str, Any] = {
         "trained": built.method.trained.state_dict(),
@@ -268,8 +279,9 @@ def _restore(loop: Loop) -> None:
     if loop.ema is not None:
         loop.ema.load_state_dict(saved["ema"])
     loop.step.scaler.load_state_dict(saved["scaler"])
-    if rank < len(saved["random"]):
-        checkpoint.restore_random_state(saved["random"][rank], built.device)
+    random = saved["random"] if isinstance(saved["random"], list) else [saved["random"]]  # of before there were ranks
+    if rank < len(random):
+        checkpoint.restore_random_state(random[rank], built.device)
     loop.state = Progress(**saved["progress"])
     loop.step.parts = loop.state.parts
     if rank == 0:

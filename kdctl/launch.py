@@ -27,11 +27,13 @@ _PATIENCE = 5.0
 _TO_SAVE = 60.0
 """Seconds that a process without its launcher has to finish a step and to save."""
 _SHOWN_LINES = 20
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
 def world_size() -> int:
     """How many processes the environment announces; 1 where this one was started alone."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    said = os.environ.get("WORLD_SIZE", "")
+    return int(said) if said.isdecimal() else 1
 
 
 def rank() -> int:
@@ -120,7 +122,7 @@ def start(count: int, command: Sequence[str]) -> int:
         return _outcome(processes, _watch(processes, ended, signals))
     finally:
         for one in processes:
-            one.end(signal.SIGKILL)
+            one.end(_KILL)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -164,7 +166,7 @@ def _watch(processes: list[_Process], ended: queue.SimpleQueue[_Process], signal
             deadline = min(deadline, time.monotonic())
         if time.monotonic() >= deadline:
             for one in processes:
-                one.end(signal.SIGKILL if hard else signal.SIGTERM)
+                one.end(_KILL if hard else signal.SIGTERM)
             deadline, hard = time.monotonic() + _PATIENCE, True
     return order
 

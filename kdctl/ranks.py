@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdctl import launch
-from kdctl.errors import KdctlError, Problem
+from kdctl.errors import KdctlError, Problem, UsageError
 
 _TO_MEET = timedelta(minutes=15)
 _TO_TELL = 3.0
@@ -174,7 +174,12 @@ def _meeting_point() -> tuple[dist.Store, int, int]:
     torchrun's own store outlives a restart, with the addresses of dead processes in it. So there it only says where
     that of the first process is; one whose server does not answer is of a process that died.
     """
-    store, rank, size = next(dist.rendezvous("env://", timeout=_TO_MEET))
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=_TO_MEET))
+    except ValueError as error:  # a variable is missing
+        hint = "unset WORLD_SIZE, or start the processes by `kdctl train --nproc N` or torchrun"
+        message = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {str(error).rpartition(': ')[2]}"
+        raise UsageError(message, hint=hint) from error
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store, rank, size
     host, key, deadline = os.environ["MASTER_ADDR"], "kdctl/port", time.monotonic() + _TO_MEET.total_seconds()

@@ -38,7 +38,10 @@ def cache_home() -> Path:
     own = os.environ.get("KDCTL_CACHE")
     if own:
         return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdctl"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdctl"
+    except RuntimeError:  # a user without a home, as in many containers
+        return Path(tempfile.gettempdir()) / f"kdctl-{getattr(os, 'getuid', int)()}"
 
 
 @contextlib.contextmanager

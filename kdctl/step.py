@@ -90,7 +90,8 @@ class Step:
     def _gradients(self, batch: Batch, epoch: float) -> Sums:
         """The gradients of the whole batch, in micro-batches."""
         method = self.built.method
-        counts, weights = method.counts(batch), method.weights(epoch)
+        with self.clock.section("exchange"):
+            counts, weights = method.counts(batch), method.weights(epoch)
         done = Sums(counts={name: counts[name] for name, weight in weights.items() if weight})
         scale = {name: weight / _at_least_one(counts[name]) for name, weight in weights.items()}
         parts = batch.micro_batches(self._num_parts(batch))

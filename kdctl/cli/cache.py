@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from kdctl.cli import console
 from kdctl.cli.verb import Argument, ExperimentOptions, Reply
-from kdctl.errors import UsageError, did_you_mean
+from kdctl.errors import ConfigError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from kdctl.config.schema import Experiment
@@ -29,10 +29,14 @@ def cache(
         hint = did_you_mean(action, ACTIONS)
         raise UsageError(f"the action is build, show, verify or clear, not '{action}'", hint=hint)
     from kdctl.config.expand import load_experiment
+    from kdctl.config.overrides import located
 
-    experiment = load_experiment(Path(config), options.overrides).experiment
+    loaded = load_experiment(Path(config), options.overrides)
     console.say("loading torch ...")
-    document = {"action": action} | _act(action, experiment)
+    try:
+        document = {"action": action} | _act(action, loaded.experiment)
+    except ConfigError as error:
+        raise ConfigError(*(located(loaded.document, problem) for problem in error.problems)) from error
     return Reply(document, {"verify": _show_verified, "clear": _show_cleared}.get(action, _show_stores))
 
 

@@ -153,6 +153,8 @@ class Views:
     def __init__(self, kind: int | str, seed: int, num_views: int | None) -> None:
         self.kind = kind
         self.num_views = kind if isinstance(kind, int) else num_views if kind == "all" else None
+        if num_views == 1:  # there is nothing to draw
+            self.num_views = 1
         self._key = counter.key(counter.OFFSET, seed)
 
     def turn(self, epoch: int) -> int:

@@ -40,6 +40,7 @@ class Distill(Method):
         frozen: Sequence[str] = (),
         compile: bool = False,
     ) -> None:
+        self._ranks = ranks.current()
         self.student = student
         self.task = task
         self.terms = list(terms)
@@ -48,8 +49,11 @@ class Distill(Method):
         self._teacher = teacher
         self._taps = Taps(student.net, sorted({s for term in terms for s, _ in term.loss.taps}))
         self._frozen = [student.net.get_submodule(path) for path in frozen]
-        self._forward = compiled(student) if compile and not self._taps.paths else student
-        self._ranks = ranks.current()
+        for term in self.terms:
+            for parameter in term.parameters() if term.loss.batchwise and self._ranks.size > 1 else ():
+                # Every process has the whole gradient of these, and the processes' gradients are summed.
+                parameter.register_hook(lambda gradient: gradient / self._ranks.size)
+        self._forward = compiled(student) if compile else student
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
         counts = {term.name: term.loss.count(batch) for term in self.terms}

@@ -39,15 +39,17 @@ def _pairs(net: nn.Module) -> Iterator[tuple[str, str]]:
     except Exception:  # whatever a forward does with a proxy instead of a tensor
         return
     calls = Counter(id(net.get_submodule(str(node.target))) for node in nodes if node.op == "call_module")
+    read = [str(node.target) for node in nodes if node.op == "get_attr"]
     for node in nodes:
-        if node.op != "call_module" or not isinstance(norm := net.get_submodule(str(node.target)), _NORMS):
+        if node.op != "call_module" or type(norm := net.get_submodule(str(node.target))) not in _NORMS:
             continue
         before = node.args[0] if node.args else None
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
             continue
         layer = net.get_submodule(str(before.target))
         plain = type(layer) in _LAYERS and norm.running_var is not None and not _hooked(layer) and not _hooked(norm)
-        if plain and calls[id(layer)] == 1 and calls[id(norm)] == 1:
+        looked_at = any(path.startswith((f"{before.target}.", f"{node.target}.")) for path in read)
+        if plain and not looked_at and calls[id(layer)] == 1 and calls[id(norm)] == 1:
             yield str(before.target), str(node.target)
 
 

@@ -181,7 +181,7 @@ class _Task:
             "rows": self.rows,
             "shape": [*self.data.image_shape, *self.shape],
             "optimizer": [self.stage.optimizer.kind, self.stage.optimizer.arguments],
-            "long": self._steps() > _LONG_STEPS,
+            "long": self.device.type == "cuda" and self._steps() > _LONG_STEPS,
             "taps": sorted({str(tap) for term in self.stage.losses for tap in term.taps}),
             "given": given,
         }

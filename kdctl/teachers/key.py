@@ -10,6 +10,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from kdctl import registry
 from kdctl.runs import cache_home, read_json
 
 FORMAT = 1
+"""Raised when the files change, or when models or augmentations of kdctl's own give other numbers than before."""
 KEY_FILE = "key.json"
 Key = dict[str, Any]
 
@@ -83,15 +87,23 @@ def weights_hash(net: nn.Module) -> str:
 
 
 def class_code(group: str, kind: str, base: Path | None = None) -> tuple[str, str | None]:
-    """A kind as a key names it, and the hash of the file that defines it where that is the user's own.
+    """A kind as a key names it, and what tells other code of the same name: the hash of the file that defines it where
+    that is not kdctl's own, the version of the library whose model it is.
 
-    Wherever that file lies, and in whichever run's copy, equal code has the equal name.
+    Wherever a file lies, and in whichever run's copy, equal code has the equal name.
     """
-    if not registry.is_file_kind(kind):
-        return registry.canonical(group, kind), None
     place, _, name = registry.find(group, kind, base).target.rpartition(":")
-    source = Path(place)
-    return f"{source.name}:{name}", hashlib.sha256(source.read_bytes()).hexdigest()
+    if registry.is_file_kind(kind):
+        source = Path(place)
+        return f"{source.name}:{name}", hashlib.sha256(source.read_bytes()).hexdigest()
+    named, library = registry.canonical(group, kind), kind.partition(":")[0]
+    if library in ("torchvision", "timm"):
+        with suppress(PackageNotFoundError):
+            return named, f"{library} {version(library)}"
+    found = None if place.startswith("kdctl.") else find_spec(place)
+    if found is None or found.origin is None or not Path(found.origin).is_file():
+        return named, None
+    return named, hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- folders

@@ -12,8 +12,8 @@ import re
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kdctl.config.schema import Experiment, TeacherCache, TrainStage
 from kdctl.data.prepare import Data
-from kdctl.errors import ConfigError, MissingError, Problem
+from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
 from kdctl.models.record import Model
 from kdctl.runs import read_json
 from kdctl.signals import Batch, Signals
@@ -153,21 +153,32 @@ class Store:
         """Keeps the fields of some samples as they are."""
         for name, part in values.items():
             self._check_values(name, part, turn)
-        self._make_folder()
-        if not self._tidy:
-            self._tidy = True
-            _remove_leftovers(self.folder)
-        turn.add(index, values)
+        with self._writing():
+            self._make_folder()
+            if not self._tidy:
+                self._tidy = True
+                _remove_leftovers(self.folder)
+            turn.add(index, values)
         if sum(t.waiting_bytes for t in self._turns.values()) > WAITING_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Puts every waiting row on the disk."""
+        """Puts every waiting row on the disk. Raises KdctlError where that is not possible."""
         filling = [turn for turn in self._turns.values() if not turn.complete and turn.held]
-        if filling:
-            self._make_folder()
-        for turn in filling:
-            turn.flush()
+        with self._writing():
+            if filling:
+                self._make_folder()
+            for turn in filling:
+                turn.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            message = f"the store of teacher outputs cannot be written: {error.strerror or error}"
+            hint = "teacher_cache.dir, or the environment's KDCTL_CACHE, names another place"
+            raise KdctlError(Problem(message, file=str(self.folder), key="teacher_cache", hint=hint)) from error
 
     def _check_values(self, name: str, values: Array, turn: Turn) -> None:
         if values.dtype.kind == "f" and name != "rest" and not np.isfinite(values).all():

@@ -141,7 +141,7 @@ class Turn:
         """Takes in what other processes have written since the last look; says whether there was something."""
         try:
             changed = os.stat(self.folder).st_mtime_ns
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         if self.complete or changed == self._seen:
             return False

@@ -55,6 +55,17 @@ class Shared(nn.Module):
         return self.second(self.twice(self.twice(self.norm(y) + y)))
 
 
+class Reading(nn.Module):
+    """A layer whose weights the forward looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) * self.conv.weight.mean()
+
+
 class Branching(nn.Module):
     """A forward that looks at values, which no tracing follows."""
 
@@ -66,7 +77,7 @@ class Branching(nn.Module):
         return self.norm(self.conv(x)) if x.sum() > 0 else x
 
 
-@pytest.mark.parametrize("net", [Shared(), Branching()])
+@pytest.mark.parametrize("net", [Shared(), Reading(), Branching()])
 def test_what_cannot_be_folded_stays_as_it_is(net: nn.Module) -> None:
     assert folded(trained(net)) is net
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from kdctl.errors import ConfigError
 from kdctl.teachers.contents import Contents
-from kdctl.teachers.key import base_folder, default_folder, differences, key_hash, nearest, weights_hash
+from kdctl.teachers.key import base_folder, class_code, default_folder, differences, key_hash, nearest, weights_hash
 from kdctl.teachers.store import Store
 
 CROP2 = [{"kind": "random_crop", "padding": 2}, {"kind": "horizontal_flip"}]
@@ -106,3 +106,16 @@ def test_the_nearest_store_is_found(monkeypatch, tmp_path):
 def test_what_is_kept_is_in_the_key():
     both = Contents(True, 2, ("b",), "fp32", 5)
     assert both.to_dict() == {"logits": True, "top_k": 2, "taps": ["b"], "dtype": "fp32"}
+
+
+def test_a_class_of_an_installed_package_is_known_by_its_code(monkeypatch, tmp_path):
+    file = tmp_path / "their_nets.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    codes = []
+    for factor in (1, 2):
+        file.write_text(f"class Net:\n    factor = {factor}\n")
+        codes.append(class_code("models", "their_nets:Net"))
+    assert codes[0][0] == codes[1][0] == "their_nets:Net"
+    assert None not in (codes[0][1], codes[1][1]) and codes[0][1] != codes[1][1]
+    assert class_code("models", "resnet20") == ("resnet20", None)
+    assert str(class_code("models", "torchvision:resnet18")[1]).startswith("torchvision ")

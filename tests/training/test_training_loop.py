@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ import pytest
 import torch
 from pytest import approx
 
-from kdctl import clock, evaluate, pipeline
+from kdctl import checkpoint, clock, evaluate, pipeline
 from kdctl.clock import Clock
 from kdctl.config.schema import Experiment
-from kdctl.errors import OutOfMemoryError
-from kdctl.experiment import Plan, train
+from kdctl.errors import DivergedError, KdctlError, OutOfMemoryError
+from kdctl.experiment import Plan, load_run, resume, train
 from kdctl.runs import Run
+from kdctl.smoke import smoke
+from kdctl.step import Step
+from kdctl.teachers import turn
 from kdctl.watch import Reporter
 
 GREEDY = '''
@@ -134,3 +139,75 @@ def test_weights_that_are_best_and_last_are_measured_once(
     once = result["best_epoch"] == result["epochs"]
     assert asked[1:] == (["best"] if once else ["best", "last"])
     assert torch.isfinite(torch.tensor(document["student"]["last"]["test"]["top1"]))
+
+
+# ------------------------------------------------------------------------------------------------------- what may fail
+
+
+def test_a_checkpoint_of_before_there_were_several_processes_resumes(
+    run_it: Callable[..., tuple[Run, dict[str, Any]]], experiment: Callable[..., Experiment]
+) -> None:
+    run, _ = run_it("teacher=null", "distill=null")
+    path = run / "stages/student/checkpoints/last.pt"
+    saved = checkpoint.load(path)
+    (saved["random"],) = saved["random"]
+    saved["progress"]["finished"] = ""
+    checkpoint.save(path, saved)
+    run.set_stage("student", "running")
+    run.update(status="interrupted")
+    resume(run, Reporter())
+    assert run.info["status"] == "done"
+
+
+def test_nothing_that_is_not_finite_is_saved(
+    folder: Path, experiment: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA not every step is looked at: here none is, as between two looks there."""
+    monkeypatch.setattr(Step, "_check_finite", lambda *_: None)
+    loaded = experiment("teacher=null", "distill=null", "optimizer={kind: sgd, lr: 1e30}", "schedule={kind: constant}")
+
+    class Stopping(Reporter):
+        def step(self, stage: str, epoch: int, epochs: int, step: int, steps: int) -> None:
+            if step == steps:
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(DivergedError, match="not finite in epoch 1"):
+        train(Plan(loaded, ""), Stopping())
+    (last,) = folder.glob("runs/*/*/stages/student/checkpoints/last.pt")
+    weights = checkpoint.load(last)["trained"]
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+STORED = ("data.views=2", "teacher_cache={store: logits, dir: store}", "data.augment=[]")
+
+
+def test_a_smoke_test_leaves_no_store(folder: Path, experiment: Callable[..., Experiment]) -> None:
+    smoke(experiment(*STORED), Reporter())
+    assert not (folder / "store").exists()
+
+
+def test_a_store_that_cannot_be_written_says_where_and_costs_no_finished_run(
+    run_it: Callable[..., tuple[Run, dict[str, Any]]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "other").mkdir()
+    (folder / "other/store").write_text("")
+    with pytest.raises(KdctlError) as caught:
+        run_it("teacher_cache={store: logits, dir: other/store/inside}")
+    (problem,) = caught.value.problems
+    assert "cannot be written" in problem.message and "KDCTL_CACHE" in str(problem.hint)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    run, first = run_it(*STORED)
+    shutil.rmtree(folder / "store/clean")
+    monkeypatch.setattr(turn, "write", full)
+    again = evaluate.evaluate_run(run, load_run(run))
+    assert again["teacher"] == first["teacher"]["test"]
+
+
+def test_images_that_are_not_augmented_are_asked_for_once(run_it: Callable[..., tuple[Run, dict[str, Any]]]) -> None:
+    _, document = run_it("train.epochs=3", "data.augment=[]", "teacher_cache={store: logits, dir: store}")
+    assert document["status"] == "done"
+    turns = {path.name.split(".")[1] for path in Path("store").glob("train.*")}
+    assert turns == {"0"}
