@@ -1,4 +1,4 @@
-"""Makes the virtual environment of the peers: torchdistill and TextBrewer from the package index, beside kdctl's torch.
+"""Makes the virtual environment of the peer: torchdistill from the package index, beside kdctl's torch.
 
     python scripts/bench/peers.py --env FOLDER
 
@@ -15,7 +15,7 @@ import venv
 from importlib.metadata import version
 from pathlib import Path
 
-PEERS = ["torchdistill==1.1.5", "textbrewer==0.2.1.post1"]
+PEERS = ["torchdistill==1.1.5"]
 SAME = ["torch", "torchvision", "numpy", "pillow", "pydantic", "safetensors"]
 """Packages taken in the version that is installed here."""
 
