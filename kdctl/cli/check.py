@@ -40,9 +40,11 @@ def plan(experiment: Experiment) -> dict[str, Any]:
             "val_fraction": data.val_fraction,
             "labels_per_class": data.labels_per_class,
             "augment": [a.kind for a in data.augment],
+            "views": data.views,
         },
         "student": _model(experiment.student),
         "teacher": _teachers(experiment),
+        "teacher_cache": None if experiment.teacher_cache is None else experiment.teacher_cache.model_dump(),
         "stages": [_stage(stage) for stage in experiment.stages],
     }
 
@@ -97,6 +99,7 @@ def _show(document: dict[str, Any]) -> None:
         ("data", f"{data['kind']}, batch {data['batch_size']}, {labels}, {augment}"),
         ("student", _model_text(plan["student"])),
         *(("teacher", _model_text(teacher)) for teacher in plan["teacher"]),
+        *([("store", _store_text(plan))] if plan["teacher_cache"] else []),
         *((f"stage {i}", _stage_text(stage)) for i, stage in enumerate(plan["stages"], 1)),
     ]
     for label, text in lines:
@@ -107,6 +110,13 @@ def _model_text(model: dict[str, Any]) -> str:
     origin = f" from {model['weights']}" if model["weights"] else ""
     origin += f" from stage {model['from']}" if model["from"] else ""
     return model["kind"] + _arguments_text(model["arguments"]) + origin
+
+
+def _store_text(plan: dict[str, Any]) -> str:
+    store, views = plan["teacher_cache"], plan["data"]["views"]
+    kept = {"both": "logits and features"}.get(store["store"], store["store"])
+    filled = "filled while training" if store["fill"] == "lazy" else "filled before training"
+    return f"{kept} of the teacher in {store['dtype']}, views {views}, {filled}; `kdctl cache show` says what it costs"
 
 
 def _stage_text(stage: dict[str, Any]) -> str:

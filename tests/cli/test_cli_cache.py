@@ -145,3 +145,18 @@ def test_a_teacher_that_is_still_to_be_trained(document):
 def test_mistakes(run, arguments, code, said):
     got, _, err = run(*arguments)
     assert got == code and said in err
+
+
+def test_check_says_that_there_is_a_store(capsys):
+    assert app.run(["check", "a.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "store    logits of the teacher in fp16, views 2, filled while training" in out
+
+
+def test_a_mistake_is_shown_with_its_place(here, document):
+    document("build", "a.yaml", "teacher_cache.dir=named")
+    (here / "a.yaml").write_text(
+        FILE.replace("store: logits", "store: logits, dir: named").replace("padding: 1", "padding: 2")
+    )
+    (error,) = document("show", "a.yaml", code=3)["errors"]
+    assert (error["file"], error["line"]) == ("a.yaml", 6) and "padding was 1, now 2" in error["message"]
