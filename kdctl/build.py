@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdctl import ranks, registry
+from kdctl import ranks, registry, sharding
 from kdctl.config.schema import Experiment, LossSpec, ModelSpec, Normalize, TeacherSpec, TrainStage
 from kdctl.data.augment import Augment
 from kdctl.data.loader import TrainLoader
@@ -278,7 +278,9 @@ def build_stage(
 ) -> Built:
     """All objects of one training stage. `start` is the stem of the weights it starts from, None for fresh ones."""
     settings, everyone = experiment.train, ranks.current()
-    device = _own_device(settings.device)
+    device, sharded = _own_device(settings.device), sharding.wanted(settings)
+    if sharded:
+        sharding.check(settings)
     task = build_task(experiment)
     data = data.for_stage(stage.data)
     spec = stage.student or experiment.student
@@ -303,6 +305,8 @@ def build_stage(
         for module in (student, *terms):
             _synchronise(module)
     layout = torch.channels_last if settings.layout == "channels_last" else torch.contiguous_format
+    if sharded:
+        sharding.shard(student.net, device)
     for model in (student, *models):
         model.to(device=device).to(memory_format=layout)  # type: ignore[call-overload]
     for term in terms:

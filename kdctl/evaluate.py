@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,8 @@ def validate(
             with devices.autocast(device, precision):
                 outputs = task.forward(model, batch)
             logits.append(task.signals(outputs, batch).logits.float())
+        if len(logits) < math.ceil(math.ceil(len(split) / everyone.size) / batch_size):
+            task.forward(model, batch)  # sharded weights are put together by all processes or none
         said = everyone.gathered(torch.cat(logits).cpu())
         return metrics(Predictions(said.numpy(), split.targets.numpy(), split.index.numpy()), task)
     finally:

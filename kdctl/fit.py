@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdctl import checkpoint, ranks
+from kdctl import checkpoint, ranks, sharding
 from kdctl.build import Built, seed_everything
 from kdctl.clock import Clock
 from kdctl.config.schema import TrainStage
@@ -180,7 +180,8 @@ def _end_epoch(loop: Loop) -> None:
     if best:
         state.best_epoch, state.best_value = state.epoch, value
         with _averaged(loop):
-            _write(loop, "best.pt", {"student": built.method.student.net.state_dict(), "epoch": state.epoch})
+            weights = sharding.gathered(built.method.student.net.state_dict())
+            _write(loop, "best.pt", {"student": weights, "epoch": state.epoch})
     times = loop.clock.take()
     state.times = {name: state.times.get(name, 0.0) + times.get(name, 0.0) for name in {**state.times, **times}}
     line = {
@@ -255,9 +256,9 @@ def _save(loop: Loop) -> None:
     _check_finite(loop.state, loss, sums)
     random = ranks.current().collected(checkpoint.random_state(built.device))
     state: dict[str, Any] = {
-        "trained": built.method.trained.state_dict(),
-        "optimizer": built.optimizer.state_dict(),
-        "ema": loop.ema.state_dict() if loop.ema else None,
+        "trained": sharding.gathered(built.method.trained.state_dict()),
+        "optimizer": sharding.gathered_optimizer(built.optimizer),
+        "ema": sharding.gathered(loop.ema.state_dict()) if loop.ema else None,
         "scaler": loop.step.scaler.state_dict(),
         "random": random,
         "progress": asdict(loop.state) | {"loss": loss, "samples": samples, "sums": sums},
@@ -273,11 +274,12 @@ def _write(loop: Loop, name: str, state: dict[str, Any]) -> None:
 
 def _restore(loop: Loop) -> None:
     built, rank = loop.built, ranks.current().rank
-    saved = checkpoint.load(loop.folder / "last.pt", built.device)
-    built.method.trained.load_state_dict(saved["trained"])
-    built.optimizer.load_state_dict(saved["optimizer"])
+    sharded = sharding.is_sharded(built.method.trained)
+    saved = checkpoint.load(loop.folder / "last.pt", "cpu" if sharded else built.device)
+    built.method.trained.load_state_dict(sharding.scattered(saved["trained"], built.method.trained.state_dict()))
+    built.optimizer.load_state_dict(sharding.scattered_optimizer(saved["optimizer"], built.optimizer))
     if loop.ema is not None:
-        loop.ema.load_state_dict(saved["ema"])
+        loop.ema.load_state_dict(sharding.scattered(saved["ema"], loop.ema.state_dict()))
     loop.step.scaler.load_state_dict(saved["scaler"])
     random = saved["random"] if isinstance(saved["random"], list) else [saved["random"]]  # of before there were ranks
     if rank < len(random):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdctl import artefacts, build, cache, checkpoint, ranks, runs
+from kdctl import artefacts, build, cache, checkpoint, ranks, runs, sharding
 from kdctl.bench import cost
 from kdctl.build import Built
 from kdctl.config.dump import plain
@@ -21,7 +21,7 @@ from kdctl.device import apply_settings
 from kdctl.errors import Interrupted, MissingError, Problem
 from kdctl.evaluate import ask, evaluate_run, load_teachers, metrics
 from kdctl.fit import Progress, fit
-from kdctl.models.record import Model, load_model, save_model
+from kdctl.models.record import Model, build_model, load_model, save_model
 from kdctl.runs import Run
 from kdctl.signals import IGNORE
 from kdctl.watch import Reporter, StopSignal
@@ -233,6 +233,8 @@ def _keep(run: Run, experiment: Experiment, stage: TrainStage, built: Built, sta
     folder = run.stage_dir(stage.name)
     which = "best" if stage.keep == "best" and (folder / "checkpoints" / "best.pt").exists() else "last"
     model = built.method.finalize()
+    if sharding.is_sharded(model):
+        model = build_model(model.record, model.base)
     model.net.load_state_dict(checkpoint.student_weights(folder / "checkpoints", which))
     save_model(model, folder / "model")
     if stage.role == "teacher" or stage == experiment.student_stage:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kdctl import checkpoint, ranks
+from kdctl import checkpoint, ranks, sharding
 from kdctl.build import Built
 from kdctl.clock import Clock
 from kdctl.config.schema import TrainStage
@@ -60,7 +60,8 @@ class Step:
         self._ranks = ranks.current()
         self._number = 0
         self._shared: nn.parallel.DistributedDataParallel | None = None
-        if self._ranks.size > 1:
+        self._sharded = sharding.is_sharded(built.method.trained)
+        if self._ranks.size > 1 and not self._sharded:
             own = [built.device] if built.device.type == "cuda" else None
             self._shared = nn.parallel.DistributedDataParallel(
                 _Trained(built.method), device_ids=own, find_unused_parameters=True
@@ -121,12 +122,17 @@ class Step:
         return self.built.method.step(batch, epoch) if self._shared is None else self._shared(batch, epoch)
 
     def _syncing(self, last: bool) -> contextlib.AbstractContextManager[object]:
-        """Processes exchange gradients once a step: with the last micro-batch."""
+        """Processes exchange gradients once a step: with the last micro-batch. Sharded ones do with each, for
+        the sum of whole gradients is what does not fit."""
         return contextlib.nullcontext() if last or self._shared is None else self._shared.no_sync()
 
     def _update(self) -> None:
         optimizer = self.built.optimizer
-        if self.stage.clip_norm is not None:
+        if self._sharded:
+            sharding.reduce(self.built.method.parameters())
+        if self.stage.clip_norm is not None and self._sharded:
+            sharding.clip(self.built.method.parameters(), self.stage.clip_norm)
+        elif self.stage.clip_norm is not None:
             self.scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(self.built.method.parameters(), self.stage.clip_norm)
         self.scaler.step(optimizer)

@@ -21,7 +21,7 @@ ORDER = [
     ["source"],
     ["registry", "config", "runs", "stats", "watch", "launch"],
     ["report"],
-    ["device", "ranks", "clock", "taps", "signals", "torchvision_guard"],
+    ["device", "ranks", "sharding", "clock", "taps", "signals", "torchvision_guard"],
     ["quant"],
     ["models", "data", "optim"],
     ["tasks"],

@@ -256,6 +256,10 @@ class RunSettings(Section):
         "auto", description="of the CPU's arithmetic; auto: OMP_NUM_THREADS where it is set, else measured"
     )
     compile: Literal["auto"] | bool = Field("auto", description="torch.compile of the student; auto: measured on CUDA")
+    sharding: Literal["none", "fsdp"] = Field(
+        "none",
+        description="fsdp: each process holds a part of the student's weights; for students too large for one device",
+    )
     max_minutes: Positive | None = Field(None, description="time to train the student; teachers are not counted")
 
 

@@ -26,16 +26,16 @@ class EMA:
         """Takes the module's weights into the average; once after each optimizer step."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        averages: list[Tensor] = []
-        values: list[Tensor] = []
+        kinds: dict[type, tuple[list[Tensor], list[Tensor]]] = {}
         for name, value in _tensors(module).items():
             average = self._average[name]
             if value.is_floating_point():
+                averages, values = kinds.setdefault(type(average), ([], []))
                 averages.append(average)
                 values.append(value)
             else:
                 average.copy_(value)
-        if averages:
+        for averages, values in kinds.values():  # sharded weights and plain buffers, each in one go
             torch._foreach_lerp_(averages, values, 1 - decay)
 
     @torch.no_grad()

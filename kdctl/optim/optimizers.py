@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdctl import registry
+from kdctl import registry, sharding
 from kdctl.config.types import Fraction, NonNegative, Positive
 from kdctl.errors import ConfigError
 
@@ -31,8 +31,11 @@ def build_optimizer(
     if isinstance(optimizer, torch.optim.SparseAdam) or (closure and closure.default is closure.empty):
         hint = "sgd, adam, adamw and most of torch.optim do"
         raise ConfigError(f"optimizer '{kind}' does not take one step from one batch's gradient", hint=hint)
+    mixed = len({sharding.is_part(p) for p in params}) > 1
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+        if mixed and "foreach" in group:  # no kernel takes sharded and plain tensors together
+            group["foreach"] = False
     return optimizer
 
 
@@ -148,4 +151,6 @@ def parameter_groups(params: Iterable[nn.Parameter], decay_norm_and_bias: bool) 
 def _can_fuse(groups: Iterable[Mapping[str, Any]]) -> bool | None:
     """True where one kernel can do the whole step (three to six times faster on a CPU), None for torch's own choice."""
     params = [p for group in groups for p in group["params"]]
+    if any(sharding.is_part(p) for p in params):
+        return None
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params) or None

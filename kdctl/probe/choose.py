@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 
-from kdctl import __version__, ranks, registry, runs
+from kdctl import __version__, ranks, registry, runs, sharding
 from kdctl.config.schema import Experiment, LossSpec, ModelSpec, RunSettings, TrainStage
 from kdctl.data.augment import Augment
 from kdctl.data.loader import num_workers
@@ -136,8 +136,9 @@ class _Task:
         """What of each setting is worth measuring: what the user set, or what this machine may be fast with."""
         on_mps = self.device.type == "mps"
         precisions = ["fp32", "bf16"] if has_fast_bf16(self.device) else ["fp32"]
-        layouts = ["contiguous"] if on_mps else ["contiguous", "channels_last"]
-        may_compile = self.device.type == "cuda" and self._steps() > _LONG_STEPS
+        sharded = sharding.wanted(settings)
+        layouts = ["contiguous"] if on_mps or sharded else ["contiguous", "channels_last"]
+        may_compile = self.device.type == "cuda" and not sharded and self._steps() > _LONG_STEPS
         compiled = [False, True] if may_compile and not any(t.taps for t in self.stage.losses) else [False]
         return Options(
             precisions if settings.precision == "auto" else [settings.precision],
