@@ -45,13 +45,13 @@ def shard(net: nn.Module, device: torch.device) -> None:
     The parts of a block are put together for its forward and backward pass (Zhao et al., "PyTorch FSDP: Experiences on
     Scaling Fully Sharded Data Parallel", VLDB 2023). Raises ConfigError where modules share a weight.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     names = [name for name, _ in net.named_parameters(remove_duplicate=False)]
     if len(names) > len(list(net.parameters())):
         message = "two modules of the student share a weight, which can then not be sharded"
         raise ConfigError(Problem(message, key="train.sharding", hint="sharding: none"))
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (ranks.current().size,))
     for module in [*_blocks(net), net]:
         # The weights of a block that are left together after a forward pass are not those that the optimizer moves.
@@ -112,7 +112,7 @@ def gathered_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's whole state. Raises ConfigError for state that is sharded otherwise than its weight."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if is_part(value) and (value.shape, value.placements) != (parameter.shape, parameter.placements):
+            if is_part(value) and value.shape != parameter.shape:
                 message = f"{type(optimizer).__name__} keeps a {name} that is not one number for each weight"
                 raise ConfigError(Problem(message, key="train.sharding", hint="use sgd, adam or adamw"))
     whole: dict[str, Any] = gathered(optimizer.state_dict())
