@@ -55,7 +55,7 @@ class Net(nn.Module):
 
     def __init__(self, *, num_classes: int, in_channels: int):
         super().__init__()
-        self.stem = nn.Conv2d(in_channels, 6, 3, padding=1, bias=False)  # a bias would have rounding errors as its gradient
+        self.stem = nn.Conv2d(in_channels, 6, 3, padding=1, bias=False)  # the gradient of a bias would be noise
         self.bn = nn.BatchNorm2d(6)
         self.blocks = nn.ModuleList([nn.Conv2d(6, 6, 3, padding=1) for _ in range(2)])
         self.scale = nn.Parameter(torch.ones(6, 1, 1))
@@ -70,7 +70,8 @@ class Net(nn.Module):
 '''
 FILE = """
 name: small
-data: {kind: digits, limit: 301, batch_size: 33, val_fraction: 0.101, eval_batch_size: 65, augment: [{kind: random_crop, padding: 1}]}
+data:
+  {kind: digits, limit: 301, batch_size: 33, val_fraction: 0.101, eval_batch_size: 65, augment: [{kind: random_crop}]}
 teacher: {kind: mlp, hidden: [16], weights: teacher, control: true}
 student: {kind: mlp, hidden: [12, 9]}
 losses: [{kind: ce, weight: 0.3}, {kind: kd, weight: 0.7}]
@@ -87,9 +88,12 @@ SCENARIOS = {
         "losses=[{kind: ce}, {kind: hint, weight: 0.1, taps: [layer1]}]", "train.clip_norm=0.1",
         "optimizer={kind: sgd, lr: 0.1, momentum: 0.9, decay_norm_and_bias: false, weight_decay: 0.01}",
     ],
-    "frozen": ["student={kind: digits_cnn, width: 4}", "teacher=null", "losses=[{kind: ce}]", "stages=[{kind: train, name: student, frozen: [layer1, bn1]}]"],
+    "frozen": [
+        "student={kind: digits_cnn, width: 4}", "teacher=null", "losses=[{kind: ce}]",
+        "stages=[{kind: train, name: student, frozen: [layer1, bn1]}]",
+    ],
 }  # fmt: skip
-"""Overrides of what must be the same sharded and not."""
+"""Overrides of what must be the same sharded and not. Of the 131 validated samples one process has a batch more."""
 
 
 def dying(what: str, call: int) -> str:
