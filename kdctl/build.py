@@ -255,6 +255,18 @@ def _synchronise(module: nn.Module) -> None:
     nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
+@torch.no_grad()
+def _try_sharded(student: Model, images: torch.Tensor) -> None:
+    """Raises ConfigError where a sharded student cannot be called: it uses weights of a layer from outside."""
+    try:
+        student.eval()(images)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        message = f"this student cannot be sharded, for its forward pass uses weights of a layer from outside: {error}"
+        raise ConfigError(Problem(message, key="train.sharding", hint="sharding: none")) from error
+
+
 def _own_device(name: str) -> torch.device:
     """The device that is asked for; of several processes on a machine with CUDA each takes one of its own."""
     device, everyone = choose_device(name), ranks.current()
@@ -309,6 +321,8 @@ def build_stage(
         sharding.shard(student.net, device)
     for model in (student, *models):
         model.to(device=device).to(memory_format=layout)  # type: ignore[call-overload]
+    if sharded:
+        _try_sharded(student, first.inputs.to(device))
     for term in terms:
         term.to(device)
     members = _teachers(experiment, stage, models, task, data, taps)

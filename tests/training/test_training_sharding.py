@@ -67,6 +67,17 @@ class Net(nn.Module):
         for block in self.blocks:
             x = x + self.scale * block(x).relu()
         return self.fc(x.mean((2, 3)))
+
+
+class Outside(nn.Module):
+    """Uses the weights of a layer that it does not call."""
+
+    def __init__(self, *, num_classes: int, in_channels: int):
+        super().__init__()
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        return nn.functional.linear(x.flatten(1), self.fc.weight)
 '''
 FILE = """
 name: small
@@ -237,6 +248,12 @@ def test_a_shared_weight_is_refused() -> None:
     net[1].weight = net[0].weight
     with pytest.raises(ConfigError, match="two modules of the student share a weight"):
         sharding.shard(net, torch.device("cpu"))
+
+
+def test_a_net_that_reaches_into_a_block_is_refused(folder: Path) -> None:
+    ended = run_two(folder, {"outside": ["student={kind: './mine.py:Outside'}", "train.sharding=fsdp"]})
+    assert ended.returncode != 0
+    assert "this student cannot be sharded" in ended.stderr
 
 
 def test_one_process_shards_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
