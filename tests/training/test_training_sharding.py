@@ -228,6 +228,7 @@ def test_a_killed_run_resumes_to_the_same_end(folder: Path) -> None:
     assert_alike(load(folder, "killed"), load(folder, "calm"))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_in_one_process(folder: Path) -> None:
     assert run_two(folder, {"alone": [*KILLED, dying("SIGTERM", 15), "train.sharding=fsdp"]}).returncode != 0
     resume(load(folder, "alone"), Reporter())
@@ -250,6 +251,7 @@ def test_a_shared_weight_is_refused() -> None:
         sharding.shard(net, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_net_that_reaches_into_a_block_is_refused(folder: Path) -> None:
     ended = run_two(folder, {"outside": ["student={kind: './mine.py:Outside'}", "train.sharding=fsdp"]})
     assert ended.returncode != 0
