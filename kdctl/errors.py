@@ -100,3 +100,10 @@ def did_you_mean(word: str, options: Iterable[str]) -> str | None:
         return None
     original = next(o for o in options if o.lower() == close[0])
     return f"did you mean '{original}'?"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, one of torch's among them, says that memory does not suffice."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -17,7 +17,7 @@ from kdctl.build import Built
 from kdctl.clock import Clock
 from kdctl.config.schema import TrainStage
 from kdctl.device import autocast
-from kdctl.errors import DivergedError, OutOfMemoryError, Problem
+from kdctl.errors import DivergedError, OutOfMemoryError, Problem, is_out_of_memory
 from kdctl.methods.base import Method
 from kdctl.signals import Batch
 from kdctl.watch import Reporter
@@ -78,8 +78,8 @@ class Step:
             try:
                 done = self._gradients(batch, epoch)
                 break
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
                     raise
             self.built.optimizer.zero_grad(set_to_none=True)
             checkpoint.restore_random_state(generators, self.built.device)
@@ -147,7 +147,8 @@ class Step:
             raise diverged(bad or list(sums), f"step {self._number}")
 
     def _take_smaller(self, batch: Batch) -> None:
-        """Halves the micro-batches after one that did not fit; the loss stays the same."""
+        """Halves the micro-batches after one that did not fit; the loss stays the same but for the statistics of batch
+        normalisation, which are those of a micro-batch."""
         term = next((t.name for t in self.built.method.terms if t.loss.batchwise), None)
         if term is not None or self._ranks.size > 1 or 2 * self.parts > batch.size:
             why = f"the term {term} needs the whole batch at once" if term else "smaller micro-batches are not possible"
@@ -156,7 +157,8 @@ class Step:
         self.parts *= 2
         if self.built.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.reporter.say(f"out of memory: {self.parts} micro-batches a step from here on; the loss stays the same")
+        text = f"out of memory: {self.parts} micro-batches a step from here on"
+        self.reporter.say(f"{text}; the loss stays the same, but batch normalisation sees the smaller ones")
 
 
 def diverged(names: list[str], where: str) -> DivergedError:
@@ -175,7 +177,3 @@ def _exact(value: Tensor) -> Tensor:
 
 def _at_least_one(count: int | Tensor) -> int | Tensor:
     return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

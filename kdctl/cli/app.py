@@ -25,7 +25,7 @@ import typer.main
 from kdctl import __version__
 from kdctl.cli import console
 from kdctl.cli.verb import command, plain_flag, spare_pydantic
-from kdctl.errors import KdctlError, OutOfMemoryError, Problem, UsageError, did_you_mean
+from kdctl.errors import KdctlError, OutOfMemoryError, Problem, UsageError, did_you_mean, is_out_of_memory
 
 COMMANDS = {
     "init": ("kdctl.cli.init:init", "Write an experiment file to start from."),
@@ -136,7 +136,7 @@ def _as_kdctl_error(error: Exception) -> KdctlError:
         context = getattr(error, "ctx", None)
         hint = f"`{context.command_path} --help` shows what is allowed" if context else None
         return UsageError(error.format_message(), hint=hint)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _is_allocation(error):
+    if is_out_of_memory(error):
         hint = "a smaller data.batch_size or data.eval_batch_size needs less; train.accumulate keeps the loss the same"
         return OutOfMemoryError(f"memory does not suffice: {error}", hint=hint)
     if isinstance(error, OSError):
@@ -148,10 +148,6 @@ def _as_kdctl_error(error: Exception) -> KdctlError:
 
 
 _ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer exports the subclass alone
-
-
-def _is_allocation(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _text(name: object) -> str | None:
