@@ -6,7 +6,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ def check_fits(record: ModelRecord, data: Data, key: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- terms
 
 
-def _build_terms(specs: Sequence[LossSpec]) -> list[Term]:
+def _build_terms(specs: Sequence[LossSpec], steps_per_epoch: int) -> list[Term]:
     terms = []
     for spec in specs:
         loss: Loss = registry.create("losses", spec.kind, spec.arguments)
@@ -178,7 +178,8 @@ def _build_terms(specs: Sequence[LossSpec]) -> list[Term]:
         if loss.needs_taps and not loss.taps:
             hint = "add taps: [layer1, ...]; `kdctl explain " + spec.kind + "` says which it is meant for"
             raise ConfigError(Problem("the term needs taps and has none", key=f"losses.{spec.label}", hint=hint))
-        terms.append(Term(spec.label, loss, WeightSchedule(spec.weight)))
+        loss.steps_per_epoch = steps_per_epoch
+        terms.append(Term(spec.label, loss, WeightSchedule(spec.weight, steps_per_epoch)))
     return terms
 
 
@@ -204,7 +205,8 @@ def _dry_run(
         got, own = tuple(signals.logits.shape[1:]), tuple(seen.logits.shape[1:])
         raise ConfigError(Problem(f"the teacher's outputs have shape {got}, the student's {own}", key="teacher"))
     for term in terms:
-        term.loss.setup(DryRun(task, batch, _detached(seen), signals, num_samples))
+        nets = [] if teacher is None else [model.net for model in teacher.models]
+        term.loss.setup(DryRun(task, batch, _detached(seen), signals, num_samples, trial.net, nets))
     for term in terms:
         term.loss.eval()
         _check_gradient(term, trial, seen, signals, batch)
@@ -221,7 +223,7 @@ def _check_accumulation(terms: Sequence[Term], stage: TrainStage) -> None:
 
 def _detached(signals: Signals) -> Signals:
     features = {tap: value.detach() for tap, value in signals.features.items()}
-    return Signals(signals.logits.detach(), signals.link, features, signals.keep, signals.class_dim)
+    return replace(signals, logits=signals.logits.detach(), features=features)
 
 
 def _check_gradient(term: Term, student: Model, seen: Signals, teacher: Signals | None, batch: Batch) -> None:
@@ -304,10 +306,10 @@ def build_stage(
     models = build_teachers(stage, data, settings.seed, stage_file)
 
     seed_everything(settings.seed, stage.name, "terms")
-    terms = _build_terms(stage.losses)
+    loader = build_loader(experiment, stage, data, device)
+    terms = _build_terms(stage.losses, len(loader))
     _check_accumulation(terms, stage)
     taps = [t for term in terms for _, t in term.loss.taps]
-    loader = build_loader(experiment, stage, data, device)
     first = _on_cpu(loader.few(_DRY_RUN_SAMPLES))
     _dry_run(
         student, _together([LiveTeacher(m, task, taps) for m in models], taps), terms, task, first, data.index_size

@@ -47,7 +47,10 @@ def _class(spec: LossSpec) -> type[Loss]:
 
 
 def _final(spec: LossSpec) -> float:
-    return spec.weight[max(spec.weight)] if isinstance(spec.weight, dict) else spec.weight
+    """What the term weighs in the end: a moment in steps is taken for one after all that are in epochs."""
+    if not isinstance(spec.weight, dict):
+        return spec.weight
+    return spec.weight[max(spec.weight, key=lambda m: (1, int(m.split()[0])) if isinstance(m, str) else (0, m))]
 
 
 def _scaled(spec: LossSpec, factor: float) -> LossSpec:

@@ -41,6 +41,8 @@ class Batch:
     split: str = "train"
     turn: int = CLEAN
     stream: int = 0
+    strong: Any = None
+    """The inputs of the same samples in a second, strongly augmented version, where the experiment has one."""
 
     @property
     def size(self) -> int:
@@ -68,6 +70,7 @@ class Batch:
         return replace(
             self,
             inputs=cut(self.inputs),
+            strong=None if self.strong is None else cut(self.strong),
             targets=self.targets[rows],
             index=self.index[rows],
             view=self.view[rows],
@@ -91,6 +94,10 @@ class Signals:
     features: dict[str, Tensor] = field(default_factory=dict)
     keep: Tensor | None = None
     class_dim: int = 1
+    members: tuple[Signals, ...] = ()
+    """Of several teachers: what each of them says."""
+    strong: Signals | None = None
+    """The same model on the strongly augmented version of the batch, where there is one."""
 
     def rows(self) -> Tensor:
         """Logits as rows (R, C) of the samples, pixels or tokens that count, in float32 or better."""
@@ -103,7 +110,9 @@ class Signals:
         """The same signals with a function applied to every tensor."""
         features = {tap: function(value) for tap, value in self.features.items()}
         keep = None if self.keep is None else function(self.keep)
-        return replace(self, logits=function(self.logits), features=features, keep=keep)
+        members = tuple(member.map(function) for member in self.members)
+        strong = None if self.strong is None else self.strong.map(function)
+        return replace(self, logits=function(self.logits), features=features, keep=keep, members=members, strong=strong)
 
     def feature(self, tap: str) -> Tensor:
         """The feature at a tap, in float32 or better."""

@@ -11,7 +11,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from kdctl.config.types import Fraction, NonNegative, NonNegativeInt, PathStr, Positive, PositiveInt, Precision, Tap
+from kdctl.config.types import (
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    PathStr,
+    Positive,
+    PositiveInt,
+    Precision,
+    Tap,
+    When,
+)
 from kdctl.errors import ConfigError, Problem
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
@@ -150,8 +160,8 @@ class LossSpec(Component):
 
     group = "losses"
     name: str | None = Field(None, description="what the term is called in metrics; its kind when left out")
-    weight: float | Annotated[dict[NonNegativeInt, float], Field(min_length=1)] = Field(
-        1.0, description="a number, or {epoch: number}, linear between"
+    weight: float | Annotated[dict[When, float], Field(min_length=1)] = Field(
+        1.0, description="a number, or {epoch: number} or {500 steps: number}, linear between"
     )
     taps: list[Tap | TapPair] = Field([], description="module paths; {student, teacher} where they differ")
 

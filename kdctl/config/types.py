@@ -17,6 +17,10 @@ def _odd(value: int) -> int:
 
 
 Positive = Annotated[float, Field(gt=0)]
+When = Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^[0-9]+ steps$")]
+"""A moment of training: a number of epochs, or `500 steps`."""
+Scheduled = Annotated[float, Field(gt=0)] | Annotated[dict[When, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+"""A number above 0, or {moment: number}, linear between the moments."""
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]

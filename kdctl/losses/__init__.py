@@ -1,11 +1,45 @@
 """Losses: the terms of a training loss. The table, as text: name -> (module:Class, summary)."""
 
 LOSSES = {
-    # supervised
+    # supervised: labels, and what regularises without a teacher
     "supervised": ("supervised:Supervised", "the task's own loss on labelled samples (cross entropy for classes)"),
+    "tf_reg": ("tf_reg:TfReg", "a hand-made teacher for label smoothing with a temperature (Yuan et al., CVPR 2020)"),
+    "byot": ("byot:BYOT", "early exits learn from the student's own last layer (Zhang et al., ICCV 2019)"),
+    "uskd": ("uskd:USKD", "soft labels from the student itself and a Zipf ranking (Yang et al., ICCV 2023)"),
     # response: the teacher's logits
     "kd": ("kd:KD", "KL divergence of softened probabilities (Hinton et al., 2014), optionally of standardised logits"),
     "logit_mse": ("logit_mse:LogitMSE", "squared distance of logits (Ba & Caruana, NeurIPS 2014)"),
+    "dkd": ("dkd:DKD", "KL of target against the rest, and within the rest, weighted apart (Zhao et al., CVPR 2022)"),
+    "nkd": ("nkd:NKD", "target and normalised non-target cross entropy (Yang et al., ICCV 2023)"),
+    "dist": (
+        "dist:DIST",
+        "correlation of probabilities within samples and within classes (Huang et al., NeurIPS 2022)",
+    ),
+    "wsld": ("wsld:WSLD", "kd weighted sample by sample by how well the label is learnt (Zhou et al., ICLR 2021)"),
+    "ttm": ("ttm:TTM", "KL to the teacher's powered probabilities, student at T = 1 (Zheng & Yang, ICLR 2024)"),
+    "wttm": ("wttm:WTTM", "ttm weighted by the teacher's smoothness (Zheng & Yang, ICLR 2024)"),
+    "ctkd": ("ctkd:CTKD", "kd at a temperature that is learnt against the student (Li et al., AAAI 2023)"),
+    "mlld": ("mlld:MLLD", "kd at several temperatures, of samples, batches and classes (Jin et al., CVPR 2023)"),
+    "wkd_logit": (
+        "wkd_logit:WKDLogit",
+        "Wasserstein distance between classes that resemble each other (Lv et al., 2024)",
+    ),
+    "forward_kl": ("forward_kl:ForwardKL", "KL(teacher || student) over tokens, as cross entropy (language models)"),
+    "reverse_kl": ("reverse_kl:ReverseKL", "KL(student || teacher): the student may drop modes (Gu et al., ICLR 2024)"),
+    "symmetric_kl": ("symmetric_kl:SymmetricKL", "KL in both directions, weighted"),
+    "jsd": ("jsd:JSD", "generalised Jensen-Shannon divergence (Agarwal et al., ICLR 2024)"),
+    "skewed_forward_kl": ("skewed_forward_kl:SkewedForwardKL", "KL to a mixture of both (Ko et al., ICML 2024)"),
+    "skewed_reverse_kl": (
+        "skewed_reverse_kl:SkewedReverseKL",
+        "reverse KL to a mixture of both (Ko et al., ICML 2024)",
+    ),
+    "tv_distance": ("tv_distance:TVDistance", "total variation distance of probabilities (Wen et al., ACL 2023)"),
+    "top_k_kl": ("top_k_kl:TopKKL", "KL over the teacher's k most probable classes and the mass of the rest"),
+    "balanced_kd": ("balanced_kd:BalancedKD", "kd with rare classes weighted up (Zhang et al., 2023)"),
+    "binary_kd": (
+        "binary_kd:BinaryKD",
+        "KL of one sigmoid a class, for several labels a sample (Yang et al., ICCV 2023)",
+    ),
     # feature: what the models hold at their taps
     "fitnet": ("fitnet:FitNet", "squared distance of features through a regressor (Romero et al., ICLR 2015)"),
     "attention_transfer": (
@@ -13,6 +47,59 @@ LOSSES = {
         "squared distance of normalised spatial attention maps (Zagoruyko & Komodakis, ICLR 2017)",
     ),
     "normalized_l1": ("normalized_l1:NormalizedL1", "L1 distance of features scaled to length one"),
+    "nst": ("nst:NST", "maximum mean discrepancy of channel activations (Huang & Wang, 2017)"),
+    "mmd": ("mmd:MMD", "maximum mean discrepancy of features over the batch, several kernels"),
+    "vid": ("vid:VID", "variational bound on mutual information of features (Ahn et al., CVPR 2019)"),
+    "ab": ("ab:AB", "boundaries of activation of hidden units (Heo et al., AAAI 2019)"),
+    "factor_transfer": ("factor_transfer:FactorTransfer", "L1 of paraphrased features (Kim et al., NeurIPS 2018)"),
+    "fsp": ("fsp:FSP", "flow between two layers as a Gram matrix (Yim et al., CVPR 2017)"),
+    "kdsvd": ("kdsvd:KDSVD", "aligned singular vectors of feature maps (Lee et al., ECCV 2018)"),
+    "ofd": ("ofd:OFD", "partial squared distance before the ReLU, with a margin (Heo et al., ICCV 2019)"),
+    "hierarchical_context": ("hierarchical_context:HierarchicalContext", "squared distance at several pooling levels"),
+    "reviewkd": ("reviewkd:ReviewKD", "fused features of several stages, compared at levels (Chen et al., CVPR 2021)"),
+    "srrl": ("srrl:SRRL", "the teacher's classifier on the student's embedding (Yang et al., ICLR 2021)"),
+    "semckd": ("semckd:SemCKD", "attention chooses which layers to compare (Chen et al., AAAI 2021)"),
+    "cat_kd": ("cat_kd:CATKD", "class activation maps (Guo et al., CVPR 2023)"),
+    "mgd": ("mgd:MGD", "the teacher's feature generated from the masked student's (Yang et al., ECCV 2022)"),
+    "ca_mkd": ("ca_mkd:CAMKD", "features of several teachers, weighted by confidence (Zhang et al., ICASSP 2022)"),
+    # relation and contrast: how samples of a batch lie to each other
+    "rkd": ("rkd:RKD", "distances and angles between samples (Park et al., CVPR 2019)"),
+    "similarity_preserving": (
+        "similarity_preserving:SimilarityPreserving",
+        "similarity of samples (Tung & Mori, ICCV 2019)",
+    ),
+    "correlation_congruence": (
+        "correlation_congruence:CorrelationCongruence",
+        "correlation of samples (Peng et al., ICCV 2019)",
+    ),
+    "pkt": ("pkt:PKT", "probabilities of being neighbours (Passalis & Tefas, ECCV 2018)"),
+    "ickd": ("ickd:ICKD", "correlation between channels (Liu et al., ICCV 2021)"),
+    "crd": ("crd:CRD", "contrast with other samples' features, from a memory or the batch (Tian et al., ICLR 2020)"),
+    "srd": ("srd:SRD", "log-sum distance of normalised features (Miles & Mikolajczyk, AAAI 2024)"),
+    # dense: maps of segmenters and detectors
+    "cwd": ("cwd:CWD", "KL of where each channel is active (Shu et al., ICCV 2021)"),
+    "pearson_feature": ("pearson_feature:PearsonFeature", "distance of standardised channels (PKD, Cao et al., 2022)"),
+    # sequence: hidden states and attention over tokens
+    "hidden_mse": ("hidden_mse:HiddenMSE", "squared distance of hidden states (Jiao et al., EMNLP 2020)"),
+    "cosine": ("cosine:Cosine", "cosine distance of hidden states (Sanh et al., 2019)"),
+    "attention_mse": ("attention_mse:AttentionMSE", "squared distance of attention scores (Jiao et al., EMNLP 2020)"),
+    "pkd": ("pkd:PKD", "squared distance of normalised first-token states (Patient-KD, Sun et al., EMNLP 2019)"),
+    "text_nst": ("text_nst:TextNST", "similarity of tokens within a sequence (TextBrewer, 2020)"),
+    "text_fsp": ("text_fsp:TextFSP", "flow between two layers of hidden states (TextBrewer, 2020)"),
 }
 
-ALIASES = {"ce": "supervised", "at": "attention_transfer", "mse": "logit_mse", "hint": "fitnet"}
+ALIASES = {
+    "ce": "supervised",
+    "at": "attention_transfer",
+    "mse": "logit_mse",
+    "hint": "fitnet",
+    "sp": "similarity_preserving",
+    "cc": "correlation_congruence",
+    "ft": "factor_transfer",
+    "hcl": "hierarchical_context",
+    "forward_kl_lm": "forward_kl",
+    "wkd_l": "wkd_logit",
+    "bkd": "balanced_kd",
+    "mld": "binary_kd",
+    "patient_kd": "pkd",
+}

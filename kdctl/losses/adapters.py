@@ -21,7 +21,7 @@ from kdctl.signals import Batch, Signals
 class FeatureLoss(Loss):
     """A term that compares tapped features pair by pair and sums over pairs and samples.
 
-    A subclass says which adapter a pair needs, and the distance of a pair. Gradients reach the student and the
+    A subclass says which adapter a pair needs, and the distance of a pair sample by sample. Gradients reach the student and the
     adapters, never the teacher.
     """
 
@@ -46,19 +46,19 @@ class FeatureLoss(Loss):
     def count(self, batch: Batch) -> int | Tensor:
         return batch.size
 
-    def forward(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
+    def values(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
         distances = []
         for adapter, pair in zip(self.adapters, self.feature_pairs(student, teacher), strict=True):
             mine, target = align(*pair)
             distances.append(self.distance(adapter(mine).to(target.dtype), target))
-        return torch.stack(distances).sum()
+        return torch.stack(distances).sum(0)
 
     def adapter(self, student: Tensor, teacher: Tensor) -> nn.Module:
         """What takes a student's feature to the teacher's shape. Raises ConfigError where nothing can."""
         raise NotImplementedError
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The sum over the samples of the distance of an adapted pair: a scalar."""
+        """The distance of an adapted pair for each sample: (N,)."""
         raise NotImplementedError
 
 
@@ -101,6 +101,14 @@ def to_map(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
             return tokens_BLD[:, extra:].transpose(1, 2).unflatten(2, (h, w))
     message = f"{num_tokens} tokens fill no grid of the aspect {height} x {width}"
     raise ConfigError(message, hint="tap a place of like layout in both models")
+
+
+def token_mask(batch: Batch, tokens_BLD: Tensor) -> Tensor:
+    """(B, L) of the tokens' dtype: 1 for tokens that count, 0 for padding; all count where the batch says nothing."""
+    mask = batch.extra.get("attention_mask", batch.keep)
+    if mask is None:
+        return tokens_BLD.new_ones(tokens_BLD.shape[:2])
+    return mask.to(tokens_BLD)
 
 
 def linear_adapter(student: Tensor, teacher: Tensor, *, bias: bool = True) -> nn.Module:

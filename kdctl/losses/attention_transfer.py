@@ -13,11 +13,15 @@ from kdctl.losses.adapters import FeatureLoss
 
 
 class AttentionTransfer(FeatureLoss):
-    """Distance of spatial attention maps, summed over pairs of taps (Zagoruyko & Komodakis, ICLR 2017).
+    """Distance of spatial attention maps: the student is active where the teacher is.
 
-    The attention map of a feature is q = mean over C of f^p, flattened over H x W and scaled to length 1. Of two maps
-    of different size the larger feature is first averaged down to the smaller (adaptive average pooling). Channel
-    numbers may differ. Tokens (B, L, D) are maps of 1 x L.
+    Formula: mean over H x W of (q_s - q_t)^2 of each sample, summed over pairs of taps, where q is the mean over C of
+        f^p, flattened over H x W and scaled to length 1. Of two maps of different size the larger feature is first
+        averaged down to the smaller (adaptive average pooling). Channel numbers may differ. Tokens (B, L, D) are maps
+        of 1 x L.
+    Paper: Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017, eq. 2.
+    Published: CIFAR-100: weight 1000 beside ce 1, every stage (RepDistiller).
+    Taps: every stage output, after its ReLU.
 
     p: the power.
     variant: `code` is the mean over H x W of (q_s - q_t)^2, what all published implementations compute and their weight
@@ -38,8 +42,8 @@ class AttentionTransfer(FeatureLoss):
         student, teacher = _same_size(student, teacher)
         difference = self._attention(student) - self._attention(teacher)
         if self.variant == "paper":
-            return difference.norm(dim=1).sum()
-        return difference.square().mean(1).sum()
+            return difference.norm(dim=1)
+        return difference.square().mean(1)
 
     def _attention(self, feature_BCHW: Tensor) -> Tensor:
         base = feature_BCHW.abs() if self.variant == "paper" else feature_BCHW

@@ -8,12 +8,15 @@ must be scaled by the total before the next micro-batch is seen.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kdctl.signals import Batch, Signals
+from kdctl.config.types import Scheduled
+from kdctl.optim.schedules import curve_at
+from kdctl.signals import IGNORE, Batch, Signals
 
 
 @dataclass
@@ -26,6 +29,10 @@ class DryRun:
     teacher: Signals | None
     num_samples: int
     """Every sample index is below this number: the size of a memory that keeps something of each."""
+    student_net: nn.Module | None = None
+    """The bare net of the student, for terms that look at more than its signals; never to be changed."""
+    teacher_nets: Sequence[nn.Module] = ()
+    """The bare nets of the teachers, for terms that use a part of them (a classifier); never to be changed."""
 
 
 class Loss(nn.Module):
@@ -33,7 +40,8 @@ class Loss(nn.Module):
 
     needs_teacher: ClassVar[bool] = True
     needs_targets: ClassVar[bool] = False
-    needs_taps: ClassVar[bool] = False
+    needs_taps: ClassVar[bool | None] = False
+    """None: taps may be given and may be left out."""
     needs_logits: ClassVar[bool] = True
     """Whether it looks at the teacher's logits; one that compares features alone does not."""
     batchwise: ClassVar[bool] = False
@@ -41,8 +49,16 @@ class Loss(nn.Module):
     links: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")
     """The kinds of logits it is meant for."""
 
+    sees_members: ClassVar[bool] = False
+    """Whether it looks at several teachers one by one (`Signals.members`) instead of at what they say together."""
+    sees_streams: ClassVar[bool] = False
+    """Whether it looks at the strongly augmented version itself (`Signals.strong`). Others are applied to both."""
+
     taps: tuple[tuple[str, str], ...] = ()
     """(student tap, teacher tap) pairs, set by `build` from the term's `taps:`."""
+    epoch: float = 0.0
+    """The fractional number of epochs done, set by the method before each call."""
+    steps_per_epoch: int = 1
 
     def setup(self, dry_run: DryRun) -> None:
         """Makes adapters from real shapes. Raises ConfigError where shapes cannot be made to fit."""
@@ -53,7 +69,26 @@ class Loss(nn.Module):
 
     def forward(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
         """The sum of the loss over the units of the batch: a scalar."""
+        return self.values(student, teacher, batch).sum()
+
+    def values(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
+        """The loss of each unit: of each row of logits (R,), or of each sample (N,) where features are compared.
+
+        What a combination of several teachers weighs unit by unit. A term that is defined on the batch as a whole
+        overrides `forward` instead.
+        """
         raise NotImplementedError
+
+    def now(self, value: Scheduled) -> float:
+        """A number, or what its schedule says at this moment."""
+        return curve_at(value, self.epoch, self.steps_per_epoch)
+
+    def labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The label of each row of logits (R,) int64, 0 where there is none, and which rows have one (R,) bool."""
+        targets = batch.targets.reshape(-1)
+        if batch.keep is not None:
+            targets = targets[batch.keep.reshape(-1)]
+        return targets.clamp_min(0), targets != IGNORE
 
     def logit_pair(self, student: Signals, teacher: Signals | None) -> tuple[Tensor, Tensor]:
         """The rows of logits (R, C) of student and teacher; the teacher's are constants."""

@@ -11,7 +11,13 @@ from kdctl.losses.adapters import FeatureLoss, linear_adapter, map_adapter
 
 
 class FitNet(FeatureLoss):
-    """Mean over C, H, W of (r(f_s) - f_t)^2 of each sample, summed over pairs of taps (Romero et al., ICLR 2015).
+    """Squared distance of features through a regressor: hints.
+
+    Formula: mean over C, H, W of (r(f_s) - f_t)^2 of each sample, summed over pairs of taps.
+    Paper: Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015, eq. 3.
+    Published: CIFAR-100: weight 100 beside ce 1, the second of three stages (RepDistiller). The paper trains on the hint
+        first and on logits then: a stage of its own (configs/methods/fitnet_then_kd.yaml).
+    Taps: one stage output, after its ReLU.
 
     regressor: `conv` learns r: a convolution to the teacher's shape (1x1, 3x3 with stride, or transposed, by the ratio
         of the sizes; a linear layer for vectors and tokens), then batch normalisation for maps, then ReLU where the
@@ -41,4 +47,4 @@ class FitNet(FeatureLoss):
         return nn.Sequential(*layers)
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return (student - teacher).square().flatten(1).mean(1).sum()
+        return (student - teacher).square().flatten(1).mean(1)

@@ -76,6 +76,8 @@ class Distill(Method):
 
     def step(self, batch: Batch, epoch: float) -> dict[str, Tensor]:
         active = [term for term in self.terms if term.weight.at(epoch) != 0]
+        for term in active:
+            term.loss.epoch = epoch
         with self.clock.section("teacher"):
             teacher = self._ask_teacher(batch, [term for term in active if term.loss.needs_teacher])
         with self._taps.recording() as features:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
+from typing import Any
 
 from kdctl.config.types import Fraction, NonNegative, Positive
 from kdctl.errors import ConfigError
@@ -98,19 +99,33 @@ def _cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class WeightSchedule:
-    """The weight of a loss term: a number, or {epoch: number}, linear between the epochs and constant outside."""
+def curve_at(value: float | Mapping[Any, float], epoch: float, steps_per_epoch: int = 1) -> float:
+    """A number, or what a map {moment: number} says after `epoch` (fractional) epochs: linear between its moments and
+    constant outside. A moment is a number of epochs, or the text `500 steps`."""
+    if not isinstance(value, Mapping):
+        return float(value)
+    if not value:
+        raise ConfigError("a schedule needs at least one moment", hint="for example {0: 0, 5: 1000}")
+    points = sorted((_epochs(moment, steps_per_epoch), float(number)) for moment, number in value.items())
+    moments = [moment for moment, _ in points]
+    right = bisect_right(moments, epoch)
+    if right in (0, len(moments)):
+        return points[min(right, len(moments) - 1)][1]
+    (start, before), (end, after) = points[right - 1], points[right]
+    return before + (after - before) * (epoch - start) / (end - start)
 
-    def __init__(self, weight: float | Mapping[int, float]) -> None:
-        if isinstance(weight, Mapping) and not weight:
-            raise ConfigError("a map of weights needs at least one epoch", hint="weight: {0: 0, 5: 1000}")
-        self.points = sorted(weight.items()) if isinstance(weight, Mapping) else [(0, weight)]
+
+def _epochs(moment: float | str, steps_per_epoch: int) -> float:
+    return int(moment.removesuffix(" steps")) / steps_per_epoch if isinstance(moment, str) else float(moment)
+
+
+class WeightSchedule:
+    """The weight of a loss term: a number, or {moment: number}, linear in between (`curve_at`)."""
+
+    def __init__(self, weight: float | Mapping[Any, float], steps_per_epoch: int = 1) -> None:
+        self.weight, self.steps_per_epoch = weight, steps_per_epoch
+        curve_at(weight, 0.0)
 
     def at(self, epoch: float) -> float:
         """The weight after `epoch` (fractional) epochs."""
-        epochs = [point for point, _ in self.points]
-        right = bisect_right(epochs, epoch)
-        if right in (0, len(epochs)):
-            return float(self.points[min(right, len(epochs) - 1)][1])
-        (start, before), (end, after) = self.points[right - 1], self.points[right]
-        return before + (after - before) * (epoch - start) / (end - start)
+        return curve_at(self.weight, epoch, self.steps_per_epoch)

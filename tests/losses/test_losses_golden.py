@@ -25,6 +25,8 @@ from kdctl.tasks.classification import Classification
 FOLDER = Path(os.environ.get("KDCTL_GOLDEN") or Path(__file__).parents[3] / "shared" / "golden")
 ARGUMENTS: dict[str, dict[str, Any]] = {"fitnet": {"regressor": "none"}}
 """Arguments that a case implies: the reference features of fitnet have been through the regressor already."""
+PARAMETERS: dict[str, Callable[[str], str]] = {"vid": lambda name: f"adapters.0.{name}"}
+"""Of losses with weights of their own: where a weight of the file stands in the loss's state."""
 
 
 def _cases() -> list[Any]:
@@ -62,6 +64,11 @@ class _Case:
             meta = json.loads(str(arrays["meta"]))
             self.inputs = {name[3:]: torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith("in.")}
             self.gradients = {n[5:]: torch.from_numpy(arrays[n]) for n in arrays.files if n.startswith("grad.")}
+            self.parameters = {
+                n[6:]: torch.from_numpy(arrays[n])
+                for n in arrays.files
+                if n.startswith("param.") and not n.startswith("param.after.")
+            }
             self.expected = torch.from_numpy(arrays["out.loss"]).double()
         for name in self.gradients:
             self.inputs[name].requires_grad_(True)
@@ -77,6 +84,10 @@ class _Case:
         dry_run = DryRun(Classification(), self.batch, self.student, self.teacher, 64)
         self.loss.setup(dry_run)
         self.loss.double().eval()
+        if self.parameters:
+            place = PARAMETERS.get(kind, str)
+            state = {place(name): value for name, value in self.parameters.items()}
+            assert not self.loss.load_state_dict(state, strict=False).unexpected_keys
 
     def _named(self, keep: Callable[[str], bool]) -> list[Tensor]:
         return [value for name, value in self.inputs.items() if keep(name)]
@@ -86,14 +97,24 @@ class _Case:
         features = self._named(lambda n: n.startswith(side) and not n.startswith(f"{side}_logits"))
         logits = self.inputs.get(f"{side}_logits")
         if logits is None:
-            logits = torch.zeros(features[0].shape[0], 2, dtype=torch.float64)
+            logits = torch.zeros(self._size(), 2, dtype=torch.float64)
         class_dim, keep = 1, None
         if logits.ndim == 3:
             class_dim, keep = 2, self.inputs["labels"] != IGNORE if "labels" in self.inputs else None
-        return Signals(logits, "softmax", {f"{side}.{i}": f for i, f in enumerate(features)}, keep, class_dim)
+        named = {f"{side}.{i}": f for i, f in enumerate(features)}
+        return Signals(logits, "softmax", named, keep, class_dim, self._members(side, features))
+
+    def _members(self, side: str, features: list[Tensor]) -> tuple[Signals, ...]:
+        """Several teachers, where the file has several: teacher k has the k-th logits and the k-th feature."""
+        logits = self._named(lambda n: n.startswith(f"{side}_logits."))
+        pairs = zip(logits, features, strict=True) if logits else ()
+        return tuple(Signals(z, "softmax", {f"{side}.{i}": f}) for i, (z, f) in enumerate(pairs))
+
+    def _size(self) -> int:
+        return next(iter(self.inputs.values())).shape[0]
 
     def _batch(self) -> Batch:
-        size = self.student.logits.shape[0]
+        size = self._size()
         index = self.inputs.get("indices", torch.arange(size))
         targets = self.inputs.get("labels", torch.full((size,), IGNORE))
         given = ("attention_mask", "contrast_indices", "margin")

@@ -1,0 +1,73 @@
+"""How each loss of the table is set up on random signals, where the usual way does not do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+NOT_FIXED = float("nan")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss on random signals.
+
+    student, teacher: the shapes of a sample's feature at each tap, for the checks of gradients and of hard inputs;
+    equal: shapes that are the same on both sides, for the value at the teacher and for micro-batches.
+    at_teacher: the value where student and teacher are the same; NOT_FIXED where there is none.
+    arguments: of the loss. positive: whether features are never negative (after a ReLU).
+    """
+
+    student: list[tuple[int, ...]] = field(default_factory=lambda: [(2, 4, 4)])
+    teacher: list[tuple[int, ...]] = field(default_factory=lambda: [(3, 2, 2)])
+    equal: list[tuple[int, ...]] = field(default_factory=lambda: [(3, 4, 4)])
+    at_teacher: float = 0.0
+    arguments: dict[str, Any] = field(default_factory=dict)
+    positive: bool = False
+
+
+MAPS = Case()
+LEVELS = Case(student=[(2, 4, 4), (3, 2, 2)], teacher=[(3, 4, 4), (4, 2, 2)], equal=[(3, 4, 4), (4, 2, 2)])
+VECTORS = Case(student=[(5,)], teacher=[(7,)], equal=[(6,)])
+TOKENS = Case(student=[(4, 3)], teacher=[(4, 5)], equal=[(4, 5)])
+
+CASES: dict[str, Case] = {
+    "supervised": Case(at_teacher=NOT_FIXED),
+    "tf_reg": Case(at_teacher=NOT_FIXED),
+    "byot": Case(student=[(2, 4, 4), (6,)], teacher=[(2, 4, 4), (6,)], equal=[(3, 4, 4), (6,)], at_teacher=NOT_FIXED),
+    "uskd": Case(at_teacher=NOT_FIXED),
+    "nkd": Case(at_teacher=NOT_FIXED),
+    "forward_kl": Case(at_teacher=NOT_FIXED),
+    "skewed_forward_kl": Case(at_teacher=NOT_FIXED),
+    "wsld": Case(at_teacher=NOT_FIXED),
+    "ttm": Case(at_teacher=NOT_FIXED),
+    "wttm": Case(at_teacher=NOT_FIXED),
+    "wkd_logit": Case(at_teacher=NOT_FIXED),
+    "fitnet": Case(at_teacher=NOT_FIXED),
+    "vid": Case(at_teacher=NOT_FIXED),
+    "ab": LEVELS,
+    "factor_transfer": Case(at_teacher=NOT_FIXED),
+    "fsp": LEVELS,
+    "kdsvd": LEVELS,
+    "hierarchical_context": LEVELS,
+    "reviewkd": LEVELS,
+    "srrl": VECTORS,
+    "semckd": LEVELS,
+    "mgd": Case(at_teacher=NOT_FIXED),
+    "rkd": VECTORS,
+    "correlation_congruence": VECTORS,
+    "pkt": VECTORS,
+    "crd": VECTORS,
+    "srd": VECTORS,
+    "hidden_mse": TOKENS,
+    "cosine": TOKENS,
+    "attention_mse": Case(student=[(2, 4, 4)], teacher=[(2, 4, 4)], equal=[(2, 4, 4)]),
+    "pkd": TOKENS,
+    "text_nst": Case(student=[(4, 3), (4, 3)], teacher=[(4, 5), (4, 5)], equal=[(4, 5), (4, 5)]),
+    "text_fsp": Case(student=[(4, 3), (4, 3)], teacher=[(4, 3), (4, 3)], equal=[(4, 5), (4, 5)]),
+}
+
+
+def case(kind: str) -> Case:
+    """The case of a loss; one that is not named above compares one pair of maps, or logits alone."""
+    return CASES.get(kind, MAPS)
