@@ -89,10 +89,6 @@ def members_of(experiment: Experiment, stage: TrainStage, built: Built) -> list[
     ]
 
 
-def _taps(stage: TrainStage) -> list[str]:
-    return sorted({tap if isinstance(tap, str) else tap.teacher for loss in stage.losses for tap in loss.taps})
-
-
 # -------------------------------------------------------------------------------------------------------------- filling
 
 
@@ -211,7 +207,7 @@ def clean_logits(
 
 
 def _clean_place(experiment: Experiment, stage: TrainStage, number: int, model: Model, data: Data) -> Any:
-    contents = Contents(True, None, (), "fp32", model.record.num_classes)
+    contents = Contents(True, None, (), "fp32", model.record.num_logits)
     key = stores.model_key(model, data, contents, "fp32")
     named = stores.named_folder(experiment, stage, number)
     return default_folder(key) if named is None else named / _CLEAN_FOLDER, key, contents
@@ -251,7 +247,7 @@ def verify(experiment: Experiment, data: Data) -> dict[str, Any]:
     stages, notes = taught_stages(experiment)
     found, problems = [], []
     for stage, number, model, own in _models(experiment, stages, data):
-        kept = stores.open_store(experiment, stage, number, model, own, _taps(stage))
+        kept = stores.open_store(experiment, stage, number, model, own, build.teacher_taps(stage, number))
         for store in (kept, _clean_store(experiment, stage, number, model, own)):
             try:
                 files = store.verify()
@@ -309,8 +305,8 @@ def _open(experiment: Experiment, data: Data) -> tuple[list[Member], list[str]]:
     members = []
     for stage, number, model, own in _models(experiment, stages, data):
         model.to(device=device).to(memory_format=layout)  # type: ignore[call-overload]
-        store = stores.open_store(experiment, stage, number, model, own, _taps(stage))
-        teacher = CachedTeacher(LiveTeacher(model, task, _taps(stage)), store)
+        store = stores.open_store(experiment, stage, number, model, own, build.teacher_taps(stage, number))
+        teacher = CachedTeacher(LiveTeacher(model, task, build.teacher_taps(stage, number)), store)
         loader = build.build_loader(experiment, stage, own, device)
         members.append(Member(stage, teacher, loader, own, size, str(settings.precision), device))
     return members, notes
@@ -325,7 +321,7 @@ def _folders(experiment: Experiment, load_data: Callable[[], Data]) -> list[Path
         return [folder for own in named if own is not None for folder in (own / _CLEAN_FOLDER, own)]
     folders = []
     for stage, number, model, data in _models(experiment, stages, load_data()):
-        key = stores.content_key(experiment, stage, model, data, _taps(stage))[1]
+        key = stores.content_key(experiment, stage, model, data, build.teacher_taps(stage, number))[1]
         folders += [default_folder(key), _clean_place(experiment, stage, number, model, data)[0]]
     return folders
 

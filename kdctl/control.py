@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdctl import registry
-from kdctl.config.schema import Experiment, LossSpec, ModelSpec, TrainStage
+from kdctl.config.schema import Component, Experiment, LossSpec, ModelSpec, TrainStage
 from kdctl.errors import ConfigError, Problem
 from kdctl.losses.base import Loss
 from kdctl.runs import Run
@@ -29,7 +29,8 @@ def control(experiment: Experiment) -> Experiment:
     stages: list[Any] = []
     for stage in mine:
         losses = _alone(stage.losses) or [LossSpec(kind="supervised")]
-        stages.append(stage.model_copy(update={"teacher": None, "losses": losses}))
+        update = {"teacher": None, "losses": losses, "method": Component(kind="distill"), "balance": "none"}
+        stages.append(stage.model_copy(update=update))
     return experiment.model_copy(update={"stages": stages, "teacher_cache": None})
 
 

@@ -60,7 +60,7 @@ class TorchPredictor:
         self.runtime = f"torch {torch.__version__}"
         channels, height, width = model.record.image_shape
         self.image_shape = (channels, height, width)
-        self.num_classes = model.record.num_classes
+        self.num_classes = model.record.num_logits
 
     @torch.inference_mode()
     def __call__(self, images: Floats) -> Floats:

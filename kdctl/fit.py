@@ -49,6 +49,9 @@ class Progress:
     """This process's share of the weighted loss over the steps of this epoch; below, each term's sum and count."""
     sums: dict[str, Tensor | float] = field(default_factory=dict)
     counts: dict[str, Tensor | float] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+    """Each term's part of the gradient, when it was last measured; below, what balancing multiplies each term by."""
+    factors: dict[str, float] = field(default_factory=dict)
 
     def add(self, step: Sums) -> None:
         """Counts one more step; waits for no device."""
@@ -105,6 +108,7 @@ def fit(
     if ranks.current().told((loop.folder / "last.pt").exists()):
         _restore(loop)
     else:
+        built.method.start(built.loader)
         _save(loop)
 
     while not loop.state.finished:
@@ -123,6 +127,8 @@ def _train_epoch(loop: Loop) -> bool:
     what it returns is true, in every process."""
     built, stage, state, stop = loop.built, loop.stage, loop.state, loop.stop
     steps, everyone = len(built.loader), ranks.current()
+    if state.step == 0:
+        built.method.begin_epoch(state.epoch)
     built.method.train()
     began, before = time.monotonic(), state.epoch_seconds
     for batch in _timed(built.loader.epoch(state.epoch, start_step=state.step), loop.clock):
@@ -131,7 +137,7 @@ def _train_epoch(loop: Loop) -> bool:
         for group in built.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         state.add(loop.step(batch, done / steps))
-        state.parts = loop.step.parts
+        state.parts, state.shares, state.factors = loop.step.parts, loop.step.shares, loop.step.factors
         if loop.ema is not None:
             with loop.clock.section("optimizer"):
                 loop.ema.update(built.method.student.net)
@@ -190,6 +196,7 @@ def _end_epoch(loop: Loop) -> None:
         "lr": built.optimizer.param_groups[0]["lr"],
         "loss": loss / max(state.step, 1),
         "terms": {name: value / max(float(state.counts[name]), 1.0) for name, value in sums.items()},
+        "gradient_shares": {name: round(share, 6) for name, share in state.shares.items()},
         "val": val,
         "best": best,
         "seconds": round(state.epoch_seconds, 4),
@@ -260,6 +267,7 @@ def _save(loop: Loop) -> None:
         "optimizer": sharding.gathered_optimizer(built.optimizer),
         "ema": sharding.gathered(loop.ema.state_dict()) if loop.ema else None,
         "scaler": loop.step.scaler.state_dict(),
+        "method": built.method.state_dict(),
         "random": random,
         "progress": asdict(loop.state) | {"loss": loss, "samples": samples, "sums": sums},
     }
@@ -285,7 +293,9 @@ def _restore(loop: Loop) -> None:
     if rank < len(random):
         checkpoint.restore_random_state(random[rank], built.device)
     loop.state = Progress(**saved["progress"])
-    loop.step.parts = loop.state.parts
+    built.method.load_state_dict(saved.get("method", {}))
+    state = loop.state
+    loop.step.resume(state.epoch * len(built.loader) + state.step, state.parts, state.shares, state.factors)
     if rank == 0:
         loop.run.cut_metrics(loop.state.metrics_bytes)
     else:  # what was summed before the stop is the first process's to tell

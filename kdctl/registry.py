@@ -26,6 +26,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "models": ("kdctl.models", "MODELS"),
     "losses": ("kdctl.losses", "LOSSES"),
     "methods": ("kdctl.methods", "METHODS"),
+    "ensembles": ("kdctl.teachers", "ENSEMBLES"),
     "data": ("kdctl.data", "SOURCES"),
     "augment": ("kdctl.data", "AUGMENTATIONS"),
     "tasks": ("kdctl.tasks", "TASKS"),
@@ -38,7 +39,6 @@ GROUPS: dict[str, tuple[str, str]] = {
 
 GIVEN: dict[str, frozenset[str]] = {
     "models": frozenset({"num_classes", "in_channels", "image_shape"}),
-    "methods": frozenset({"student", "teacher", "terms", "task", "frozen", "compile"}),
     "optimizers": frozenset({"params"}),
 }
 """Arguments that kdctl itself supplies when it builds a component of the group; a file does not set them."""
@@ -47,6 +47,7 @@ CONTRACTS: dict[str, str | tuple[str, ...]] = {
     "models": "torch.nn:Module",
     "losses": "kdctl.losses.base:Loss",
     "methods": "kdctl.methods.base:Method",
+    "ensembles": "kdctl.teachers.combine:Combination",
     "data": ("load",),
     "augment": "kdctl.data.augment:Augmentation",
     "tasks": "kdctl.tasks.base:Task",
@@ -58,7 +59,8 @@ CONTRACTS: dict[str, str | tuple[str, ...]] = {
 """What makes a user's own class one of the group: the class that it derives from, or the methods that it has."""
 
 SINGULAR = {
-    "models": "model", "losses": "loss", "methods": "method", "data": "data source", "augment": "augmentation",
+    "models": "model", "losses": "loss", "methods": "method", "ensembles": "ensemble", "data": "data source",
+    "augment": "augmentation",
     "tasks": "task", "optimizers": "optimizer", "schedules": "schedule", "compressors": "compressor",
     "exporters": "exporter",
 }  # fmt: skip

@@ -52,12 +52,23 @@ class Batch:
         """How many rows of logits count: samples, or kept tokens."""
         return self.size if self.keep is None else self.keep.sum()
 
+    def row_labels(self) -> tuple[Tensor, Tensor]:
+        """The label of each row of logits (R,) int64, 0 where there is none, and which rows have one (R,) bool."""
+        targets = self.targets.reshape(-1)
+        if self.keep is not None:
+            targets = targets[self.keep.reshape(-1)]
+        return targets.clamp_min(0), targets != IGNORE
+
     def micro_batches(self, parts: int) -> list[Batch]:
         """Micro-batches of nearly equal size, in order; fewer than `parts` when there are fewer samples."""
         if parts == 1:
             return [self]
         positions = torch.arange(self.size).tensor_split(min(parts, self.size))
         return [self.take(slice(int(p[0]), int(p[-1]) + 1)) for p in positions]
+
+    def strongly(self) -> Batch:
+        """The same samples in their strongly augmented version."""
+        return replace(self, inputs=self.strong, strong=None, stream=1)
 
     def take(self, rows: slice | Tensor) -> Batch:
         """The samples at these rows."""

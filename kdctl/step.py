@@ -19,9 +19,12 @@ from kdctl.config.schema import TrainStage
 from kdctl.device import autocast
 from kdctl.errors import DivergedError, OutOfMemoryError, Problem, is_out_of_memory
 from kdctl.methods.base import Method
+from kdctl.shares import balancing_factors, gradient_norms, shares
 from kdctl.signals import Batch
 from kdctl.watch import Reporter
 
+_SHARES_EVERY = 100
+"""Steps between two measurements of the terms' parts in the gradient: each costs a backward pass a term."""
 _LOOK_EVERY = 50
 """Steps on CUDA between two looks at whether the loss is finite."""
 
@@ -59,6 +62,10 @@ class Step:
         self.scaler = torch.amp.GradScaler(built.device.type, enabled=built.precision == "fp16")
         self._ranks = ranks.current()
         self._number = 0
+        self.shares: dict[str, float] = {}
+        """Each term's part of the norm of the student's gradient, when it was last measured."""
+        self.factors: dict[str, float] = {}
+        """What multiplies the terms' weights, with `balance`."""
         self._shared: nn.parallel.DistributedDataParallel | None = None
         self._sharded = sharding.is_sharded(built.method.trained)
         if self._ranks.size > 1 and not self._sharded:
@@ -67,12 +74,17 @@ class Step:
                 _Trained(built.method), device_ids=own, find_unused_parameters=True
             )
 
+    def resume(self, steps: int, parts: int, shares: dict[str, float], factors: dict[str, float]) -> None:
+        """Takes over from a training that was stopped after so many steps."""
+        self._number, self.parts, self.shares, self.factors = steps, parts, shares, factors
+
     def __call__(self, batch: Batch, epoch: float) -> Sums:
         """Updates the weights by this batch; `epoch` is the fractional number of epochs done.
 
         Raises DivergedError before the update where the loss is not finite, OutOfMemoryError where even the smallest
         micro-batch does not fit.
         """
+        batch = self.built.method.begin_step(batch, epoch)
         while True:
             generators = checkpoint.random_state(self.built.device)
             try:
@@ -86,6 +98,7 @@ class Step:
             self._take_smaller(batch)
         with self.clock.section("optimizer"):
             self._update()
+            self.built.method.end_step()
         return done
 
     def _gradients(self, batch: Batch, epoch: float) -> Sums:
@@ -94,7 +107,7 @@ class Step:
         with self.clock.section("exchange"):
             counts, weights = method.counts(batch), method.weights(epoch)
         done = Sums(counts={name: counts[name] for name, weight in weights.items() if weight})
-        scale = {name: weight / _at_least_one(counts[name]) for name, weight in weights.items()}
+        scale = {n: self.factors.get(n, 1.0) * w / _at_least_one(counts[n]) for n, w in weights.items()}
         parts = batch.micro_batches(self._num_parts(batch))
         self._number += 1
         for number, micro in enumerate(parts):
@@ -103,14 +116,32 @@ class Step:
                     sums = self._forward(micro, epoch)
                 if not sums:  # every weight is zero at this moment
                     continue
-                loss = torch.stack([scale[name] * value for name, value in sums.items()]).sum()
+                losses = {name: scale[name] * value for name, value in sums.items()}
+                loss = torch.stack([value.detach() for value in losses.values()]).sum()
                 self._check_finite(loss, sums)
                 with self.clock.section("backward"):
-                    self.scaler.scale(loss * self._ranks.size).backward()
+                    if number == 0:
+                        self._measure_shares(losses, weights)
+                    method.backward(losses, self._backward)
             done.loss = done.loss + _exact(loss)
             for name, value in sums.items():
                 done.sums[name] = done.sums.get(name, 0) + _exact(value)
         return done
+
+    def _backward(self, loss: Tensor, keep_graph: bool) -> None:
+        self.scaler.scale(loss * self._ranks.size).backward(retain_graph=keep_graph)
+
+    def _measure_shares(self, losses: dict[str, Tensor], weights: dict[str, float]) -> None:
+        """Once in a while: how much of the gradient comes from each term, and with `balance` the factors that give each
+        its part from the next step on."""
+        if self._number % _SHARES_EVERY != 1 or len(losses) < 2 or self._sharded:
+            return
+        found = gradient_norms(losses, self.built.method.student.net.parameters())
+        norms = dict(zip(found, self._ranks.total(torch.tensor(list(found.values()))).tolist(), strict=True))
+        self.shares = shares(norms)
+        if self.stage.balance == "gradient":
+            bare = {name: norm / self.factors.get(name, 1.0) for name, norm in norms.items()}
+            self.factors = balancing_factors(bare, weights)
 
     def _num_parts(self, batch: Batch) -> int:
         """Micro-batches of this step, as many in every process: parts of a batch differ by one sample."""

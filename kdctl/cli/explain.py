@@ -14,8 +14,8 @@ from kdctl.cli.verb import Argument, Options, Reply
 from kdctl.errors import UsageError, did_you_mean
 
 _SECTION_GROUPS = {
-    "student": "models", "teacher": "models", "losses": "losses", "method": "methods", "data": "data",
-    "augment": "augment", "transfer": "data", "task": "tasks", "optimizer": "optimizers", "schedule": "schedules",
+    "student": "models", "teacher": "models", "losses": "losses", "method": "methods", "ensemble": "ensembles",
+    "data": "data",    "augment": "augment", "transfer": "data", "task": "tasks", "optimizer": "optimizers", "schedule": "schedules",
     "compress": "compressors", "export": "exporters",
 }  # fmt: skip
 """Key of a component's section -> the group its kinds come from."""

@@ -35,7 +35,8 @@ class TextReporter(Reporter):
         self._close()
         if self.quiet:
             return
-        terms = " ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
+        shares = {name: f" [{100 * share:.0f} %]" for name, share in line["gradient_shares"].items()}
+        terms = " ".join(f"{name} {value:.4f}{shares.get(name, '')}" for name, value in line["terms"].items())
         val = " ".join(f"{name} {value:.2f}" for name, value in line["val"].items() if name in ("top1", "nll"))
         mark = " *" if line["best"] else ""
         print(

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdctl import registry
 from kdctl.config.schema import (
+    Component,
     ExperimentFile,
     Keeping,
     LossSpec,
@@ -119,6 +120,17 @@ def _check_need(path: KeyPath, losses: Sequence[LossSpec], where: str) -> Iterat
             yield (*path, index), f"'{loss.kind}' needs a teacher, and {where} has none", _ADD_TEACHER
 
 
+def _teaches(method: Component | None) -> bool:
+    """Whether the method is itself what teaches."""
+    if method is None:
+        return False
+    try:
+        found = registry.signature(registry.find("methods", method.kind)).attributes
+    except KdctlError:
+        return False
+    return found.get("provides_teacher", False) is True
+
+
 def _attribute(loss: LossSpec, name: str, default: Any) -> Any:
     """A literal attribute of the term's class, read from its source; None where there is no such class."""
     try:
@@ -134,7 +146,8 @@ def _check_shorthands(file: ExperimentFile) -> Iterator[Finding]:
     if file.teacher is None or file.teacher == []:
         if file.distill is not None:
             yield ("distill",), "there is no teacher to distil from", _ADD_TEACHER
-        yield from _check_need(("losses",), file.losses or [], "this experiment")
+        if not _teaches(file.method):
+            yield from _check_need(("losses",), file.losses or [], "this experiment")
     given = file.teacher if isinstance(file.teacher, list) else [file.teacher] if file.teacher else []
     names = Counter([(spec.name or f"teacher-{i + 1}") for i, spec in enumerate(given) if spec.train] + ["student"])
     for name in [name for name, count in names.items() if count > 1]:
@@ -186,7 +199,8 @@ def _check_train_stage(file: ExperimentFile, path: KeyPath, stage: TrainStage, e
             yield ("distill",), f"stage '{stage.name}' has no teacher to distil from", None
     if "losses" in stage.model_fields_set and not stage.losses:
         yield place, "there is no term to train with", "leave `losses` out for the default"
-    if not taken:
+    method = stage.method if "method" in stage.model_fields_set else file.method
+    if not taken and not _teaches(method):
         yield from _check_need(place, losses, f"stage '{stage.name}'")
     early_stop = stage.early_stop if "early_stop" in stage.model_fields_set else file.train.early_stop
     if early_stop is not None and file.data.val_fraction == 0:

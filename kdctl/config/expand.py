@@ -200,6 +200,8 @@ class _Expansion:
                 student=student,
                 teacher=done if isinstance(teacher, list) else done[0] if done else None,
                 method=complete(take("method", file.method, _STAGE.method), "methods"),
+                ensemble=complete(take("ensemble", file.ensemble, _STAGE.ensemble), "ensembles"),
+                balance=take("balance", file.balance, _STAGE.balance),
                 losses=[complete(loss, "losses") for loss in self._losses(stage, bool(done), here)],
                 optimizer=complete(take("optimizer", file.optimizer, _STAGE.optimizer), "optimizers"),
                 schedule=complete(take("schedule", file.schedule, _STAGE.schedule), "schedules"),
@@ -281,12 +283,12 @@ def _complete_data(data: DataSpec) -> DataSpec:
     return done.model_copy(
         update={
             "augment": [complete(item, "augment") for item in data.augment],
+            "strong_augment": [complete(item, "augment") for item in data.strong_augment],
             "transfer": [complete(item, "data") for item in data.transfer],
         }
     )
 
 
 def _complete_stage_data(data: StageData) -> StageData:
-    if data.augment is None:
-        return data
-    return data.model_copy(update={"augment": [complete(item, "augment") for item in data.augment]})
+    given = {name: value for name in ("augment", "strong_augment") if (value := getattr(data, name)) is not None}
+    return data.model_copy(update={n: [complete(item, "augment") for item in items] for n, items in given.items()})

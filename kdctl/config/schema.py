@@ -60,6 +60,7 @@ class Group:
 
 
 MethodSpec = Annotated[Component, Group("methods")]
+EnsembleSpec = Annotated[Component, Group("ensembles")]
 OptimizerSpec = Annotated[Component, Group("optimizers")]
 ScheduleSpec = Annotated[Component, Group("schedules")]
 AugmentSpec = Annotated[Component, Group("augment")]
@@ -84,6 +85,9 @@ class DataSpec(Component):
     val_fraction: float = Field(0.1, ge=0, lt=1, description="share of train held out, by class; best is picked here")
     split_seed: NonNegativeInt = Field(0, description="draws the validation split and which samples keep labels")
     augment: list[AugmentSpec] = Field([], description="batched augmentations, in order")
+    strong_augment: list[AugmentSpec] = Field(
+        [], description="a second, stronger version of each image beside the first: every term sees both"
+    )
     views: Literal["fresh", "all"] | PositiveInt = Field(
         "fresh", description="fresh: new draws each epoch; k: k of them in turn; all: every one of a finite set"
     )
@@ -101,6 +105,7 @@ class StageData(Section):
 
     batch_size: PositiveInt | None = None
     augment: list[AugmentSpec] | None = None
+    strong_augment: list[AugmentSpec] | None = None
     views: Literal["fresh", "all"] | PositiveInt | None = None
     labels_per_class: PositiveInt | Literal["all"] | None = None
     limit: PositiveInt | None = None
@@ -143,16 +148,21 @@ class TeacherSpec(ModelSpec):
     name: str | None = None
     train: TeacherTraining | None = None
     control: bool = Field(False, description="declared a control (for example a random teacher): chance is no error")
+    classes: Literal["by_name"] | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="a teacher whose classes stand in another order or are others: matched by name, or named here in "
+        "its own order; a class of the data that it lacks gets no probability",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
 class TapPair(Section):
-    """One place in the student and its counterpart in the teacher."""
+    """One place in the student and its counterpart in the teacher, or in each of several teachers."""
 
     student: Tap
-    teacher: Tap
+    teacher: Tap | list[Tap]
 
 
 class LossSpec(Component):
@@ -199,8 +209,14 @@ class TrainStage(Keeping):
     role: Literal["student", "teacher", "assistant"] = Field("student", description="what the trained model is for")
     student: ModelSpec | None = Field(None, description="the model that learns")
     teacher: TeacherSpec | list[TeacherSpec] | None = None
+    ensemble: EnsembleSpec = Field(
+        Component(kind="mean_logits"), description="how several teachers are combined: `kdctl list ensembles`"
+    )
     method: MethodSpec = Component(kind="distill")
     losses: list[LossSpec] = []
+    balance: Literal["none", "gradient"] = Field(
+        "none", description="gradient: weights are shares of the gradient's norm instead of factors of the terms"
+    )
     optimizer: OptimizerSpec = Component(kind="sgd", lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule: ScheduleSpec = Component(kind="cosine")
     start: str = Field("previous", alias="from", description="`previous`, `fresh`, or the name of a stage")
@@ -289,8 +305,10 @@ class ExperimentFile(_Common):
     """What an experiment file may say."""
 
     teacher: TeacherSpec | list[TeacherSpec] | None = None
+    ensemble: EnsembleSpec | None = None
     distill: Distill | None = None
     method: MethodSpec | None = None
+    balance: Literal["none", "gradient"] | None = None
     losses: list[LossSpec] | None = None
     optimizer: OptimizerSpec | None = None
     schedule: ScheduleSpec | None = None

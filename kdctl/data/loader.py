@@ -31,7 +31,7 @@ class TrainLoader:
 
     A last batch of a single sample is joined to the one before, because batch statistics of one are none; so is one of
     fewer samples than there are processes, of which each gets its part of every batch.
-    augment: None for clean images. views: which view an epoch shows (augment.Views). workers: decoding processes; data
+    augment: None for clean images. strong: of a second version of each image (Batch.strong), None for none. views: which view an epoch shows (augment.Views). workers: decoding processes; data
     in memory need none and start none. Raises ConfigError where the augmentations cannot take the images or `all` has
     no finite set of views.
     """
@@ -42,6 +42,7 @@ class TrainLoader:
         *,
         batch_size: int,
         augment: Augment | None = None,
+        strong: Augment | None = None,
         views: int | Literal["fresh", "all"] = "fresh",
         order_seed: int = 0,
         device: torch.device | str = "cpu",
@@ -53,6 +54,10 @@ class TrainLoader:
         augment = augment or Augment([])
         self.image_shape = augment.output_shape(split.image_shape)
         self.augment = augment.enumerate(split.image_shape) if views == "all" else augment
+        self.strong = strong
+        if strong is not None and strong.output_shape(split.image_shape) != self.image_shape:
+            message = f"strong images have shape {strong.output_shape(split.image_shape)}, others {self.image_shape}"
+            raise ConfigError(Problem(message, key="data.strong_augment"))
         self.views = Views(views, augment.seed, augment.num_choices(split.image_shape))
         self.order_seed = order_seed
         self.workers = workers
@@ -92,9 +97,11 @@ class TrainLoader:
     def _batch(self, rows: Tensor, images: Tensor, epoch: int) -> Batch:
         index = self.split.index[rows].to(self.device, non_blocking=True)
         view = self.views.at(epoch, index)
-        images = self.augment(images.to(self.device, non_blocking=True), index, view)
+        images = images.to(self.device, non_blocking=True)
+        strong = None if self.strong is None else as_float(self.strong(images, index, view, stream=1))
+        images = self.augment(images, index, view)
         targets = self.split.targets[rows].to(self.device, non_blocking=True)
-        return Batch(as_float(images), targets, index, view, turn=self.views.turn(epoch))
+        return Batch(as_float(images), targets, index, view, turn=self.views.turn(epoch), strong=strong)
 
 
 def clean_batches(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdctl.config.types import Scheduled
 from kdctl.optim.schedules import curve_at
-from kdctl.signals import IGNORE, Batch, Signals
+from kdctl.signals import Batch, Signals
 
 
 @dataclass
@@ -63,6 +63,9 @@ class Loss(nn.Module):
     def setup(self, dry_run: DryRun) -> None:
         """Makes adapters from real shapes. Raises ConfigError where shapes cannot be made to fit."""
 
+    def bind(self, student_net: nn.Module) -> None:
+        """Shows the term the bare net that trains, once it is set up; for one that uses a part of it."""
+
     def count(self, batch: Batch) -> int | Tensor:
         """How many units the sum of `forward` runs over in this batch."""
         return batch.num_rows()
@@ -85,10 +88,7 @@ class Loss(nn.Module):
 
     def labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The label of each row of logits (R,) int64, 0 where there is none, and which rows have one (R,) bool."""
-        targets = batch.targets.reshape(-1)
-        if batch.keep is not None:
-            targets = targets[batch.keep.reshape(-1)]
-        return targets.clamp_min(0), targets != IGNORE
+        return batch.row_labels()
 
     def logit_pair(self, student: Signals, teacher: Signals | None) -> tuple[Tensor, Tensor]:
         """The rows of logits (R, C) of student and teacher; the teacher's are constants."""

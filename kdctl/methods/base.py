@@ -1,16 +1,27 @@
-"""What a method is: the owner of one training step. `fit` runs any method and knows none of them."""
+"""What a method is: the owner of one training step. `fit` runs any method and knows none of them.
+
+A method is made from its own arguments in the file, asked to `prepare` the student, then given its parts. From then on
+`fit` calls begin_epoch, begin_step, step (once a micro-batch), backward and end_step, in this order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from kdctl.clock import Clock
+from kdctl.data.loader import TrainLoader
 from kdctl.losses.base import Loss
 from kdctl.models.record import Model
+from kdctl.optim.optimizers import build_optimizer
 from kdctl.optim.schedules import WeightSchedule
 from kdctl.signals import Batch
+from kdctl.tasks.base import Task
+from kdctl.teachers.base import Teacher
 
 
 class Term(nn.Module):
@@ -23,6 +34,24 @@ class Term(nn.Module):
         self.weight = weight
 
 
+@dataclass
+class Parts:
+    """What a stage gives its method.
+
+    student: on the device. teacher: None where there is none. terms: set up. frozen: module paths of the student that
+    do not train. compile: whether the student's forward pass is compiled. steps_per_epoch: of the method's own loader.
+    """
+
+    student: Model
+    teacher: Teacher | None
+    terms: Sequence[Term]
+    task: Task
+    device: torch.device
+    frozen: Sequence[str] = ()
+    compile: bool = False
+    steps_per_epoch: int = 1
+
+
 class Method:
     """Owns the modules that train and turns a batch into named sums of loss.
 
@@ -31,10 +60,53 @@ class Method:
     into checkpoints. clock: where the seconds of its parts are counted.
     """
 
+    provides_teacher: ClassVar[bool] = False
+    """Whether it is itself what teaches, so that its terms need no teacher of the experiment."""
+    parallel: ClassVar[bool] = False
+    """Whether several processes may train it together."""
+
     student: Model
     terms: list[Term]
     trained: nn.ModuleDict
     clock: Clock
+
+    # ------------------------------------------------------------------------------------------------ being built
+
+    def prepare(self, student: Model, teachers: Sequence[Model], fresh: Callable[[int], Model]) -> Model:
+        """The model that trains, on the CPU: the student, or one made of it. fresh(i): the i-th other student of the
+        same kind, with other initial weights. Raises ConfigError for models that the method cannot take."""
+        return student
+
+    def rehearse(self, teacher: Teacher | None, task: Task, taps: Sequence[str]) -> Teacher | None:
+        """What teaches in the dry run of the terms."""
+        return teacher
+
+    def loader(self, loader: TrainLoader) -> Any:
+        """The batches to train on: those of the data, or others that the method makes (`len`, `epoch`, `few`)."""
+        return loader
+
+    def assemble(self, parts: Parts) -> None:
+        """Takes its parts; sets student, terms, trained and clock."""
+        raise NotImplementedError
+
+    def make_optimizer(self, kind: str, arguments: Mapping[str, Any]) -> torch.optim.Optimizer:
+        """The optimizer of all that trains."""
+        return build_optimizer(kind, arguments, self.trained)
+
+    # ------------------------------------------------------------------------------------------------- being run
+
+    def start(self, loader: Any) -> None:
+        """Called once before the first step of a stage, not when it is resumed."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before the first step of each epoch."""
+
+    def begin_step(self, batch: Batch, epoch: float) -> Batch:
+        """Called with the whole batch before it is split; returns the batch to train on."""
+        return batch
+
+    def end_step(self) -> None:
+        """Called after the optimizer's update."""
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
         """What the sum of each term runs over in the whole batch, that of all processes."""
@@ -51,12 +123,23 @@ class Method:
         """The weight of each term at this moment."""
         raise NotImplementedError
 
+    def backward(self, losses: Mapping[str, Tensor], run: Callable[[Tensor, bool], None]) -> None:
+        """Runs the backward pass of the weighted terms of a micro-batch. run(loss, keep_graph) does one."""
+        run(torch.stack(list(losses.values())).sum(), False)
+
     def train(self) -> None:
         """Puts what trains into train mode; frozen parts keep their mode."""
         self.trained.train()
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return (p for p in self.trained.parameters() if p.requires_grad)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside `trained`: plain values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a saved state."""
 
     def finalize(self) -> Model:
         """The model to ship, without adapters."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,11 @@ from torch import Tensor, nn
 from kdctl import ranks
 from kdctl.clock import Clock
 from kdctl.device import compiled
-from kdctl.methods.base import Method, Term
-from kdctl.models.record import Model
+from kdctl.losses.base import Loss
+from kdctl.methods.base import Method, Parts, Term
 from kdctl.ranks import Ranks
 from kdctl.signals import Batch, Signals
 from kdctl.taps import Taps
-from kdctl.tasks.base import Task
-from kdctl.teachers.base import Teacher
 
 Seen = tuple[Signals, Signals | None, Batch]
 """What a term is called with: the student's signals, the teacher's, and the batch."""
@@ -30,40 +29,33 @@ class Distill(Method):
     it needs.
     """
 
-    def __init__(
-        self,
-        *,
-        student: Model,
-        teacher: Teacher | None,
-        terms: Sequence[Term],
-        task: Task,
-        frozen: Sequence[str] = (),
-        compile: bool = False,
-    ) -> None:
+    parallel: ClassVar[bool] = True
+
+    def assemble(self, parts: Parts) -> None:
         self._ranks = ranks.current()
-        self.student = student
-        self.task = task
-        self.terms = list(terms)
-        self.trained = nn.ModuleDict({"student": student.net, "terms": nn.ModuleList(terms)})
+        self.student = parts.student
+        self.task = parts.task
+        self.terms = list(parts.terms)
+        self.trained = nn.ModuleDict({"student": self.student.net, "terms": nn.ModuleList(self.terms)})
         self.clock = Clock()
-        self._teacher = teacher
-        self._taps = Taps(student.net, sorted({s for term in terms for s, _ in term.loss.taps}))
-        self._frozen = [student.net.get_submodule(path) for path in frozen]
+        self._teacher = parts.teacher
+        self._taps = Taps(self.student.net, sorted({s for term in self.terms for s, _ in term.loss.taps}))
+        self._frozen = [self.student.net.get_submodule(path) for path in parts.frozen]
         for term in self.terms:
             for parameter in term.parameters() if term.loss.batchwise and self._ranks.size > 1 else ():
                 # Every process has the whole gradient of these, and the processes' gradients are summed.
                 parameter.register_hook(lambda gradient: gradient / self._ranks.size)
-        self._forward = compiled(student) if compile else student
+        self._forward = compiled(self.student) if parts.compile else self.student
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
-        counts = {term.name: term.loss.count(batch) for term in self.terms}
+        counts = {term.name: _count(term.loss, batch) for term in self.terms}
         if self._ranks.size == 1:
             return counts
         own = torch.stack([torch.as_tensor(count, device=batch.index.device).double() for count in counts.values()])
         total: dict[str, int | Tensor] = dict(zip(counts, self._ranks.total(own), strict=True))
         if any(term.loss.batchwise for term in self.terms):
             whole = _whole_batch(batch, self._ranks)
-            total |= {term.name: term.loss.count(whole) for term in self.terms if term.loss.batchwise}
+            total |= {term.name: _count(term.loss, whole) for term in self.terms if term.loss.batchwise}
         return total
 
     def weights(self, epoch: float) -> dict[str, float]:
@@ -78,14 +70,23 @@ class Distill(Method):
         active = [term for term in self.terms if term.weight.at(epoch) != 0]
         for term in active:
             term.loss.epoch = epoch
+        taught = [term for term in active if term.loss.needs_teacher]
         with self.clock.section("teacher"):
-            teacher = self._ask_teacher(batch, [term for term in active if term.loss.needs_teacher])
-        with self._taps.recording() as features:
-            outputs = self.task.forward(self._forward, batch)
-        student = self.task.signals(outputs, batch, features)
+            teacher = self._ask_teacher(batch, taught)
+            if batch.strong is not None and teacher is not None:
+                teacher = replace(teacher, strong=self._ask_teacher(batch.strongly(), taught))
+        student = self.see(batch)
+        if batch.strong is not None:
+            student = replace(student, strong=self.see(batch.strongly()))
         apart = self._ranks.size == 1 or not any(term.loss.batchwise for term in active)
         whole = None if apart else _whole(student, teacher, batch, self._ranks)
         return {term.name: self._sum(term, (student, teacher, batch), whole) for term in active}
+
+    def see(self, batch: Batch) -> Signals:
+        """What the student says of a batch, and its features."""
+        with self._taps.recording() as features:
+            outputs = self.task.forward(self._forward, batch)
+        return self.task.signals(outputs, batch, features)
 
     def _ask_teacher(self, batch: Batch, terms: Sequence[Term]) -> Signals | None:
         if self._teacher is None or not terms:
@@ -97,9 +98,21 @@ class Distill(Method):
         """The term's sum over this process's samples. One that compares samples is computed on all of them by every
         process; its value is shared out among them, its gradient (by a process's own samples) is not."""
         if whole is None or not term.loss.batchwise:
-            return term.loss(*own)
-        value = term.loss(*whole)
+            return _over_streams(term.loss, *own)
+        value = _over_streams(term.loss, *whole)
         return value - value.detach() * (1 - 1 / self._ranks.size)
+
+
+def _over_streams(loss: Loss, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
+    """A term's sum over a batch, and over its strongly augmented version where there is one."""
+    value = loss(student, teacher, batch)
+    if batch.strong is None or student.strong is None or loss.sees_streams:
+        return value
+    return value + loss(student.strong, None if teacher is None else teacher.strong, batch.strongly())
+
+
+def _count(loss: Loss, batch: Batch) -> int | Tensor:
+    return loss.count(batch) * (1 if batch.strong is None or loss.sees_streams else 2)
 
 
 def _whole_batch(batch: Batch, everyone: Ranks) -> Batch:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from kdctl import registry, runs
 from kdctl.errors import ConfigError, MissingError, Problem
 from kdctl.models.weights import assign, parse_safetensors
+from kdctl.signals import find_logits
 
 FORMAT = 1
 
@@ -46,6 +47,13 @@ class ModelRecord:
     image_shape: list[int]
     normalize: dict[str, list[float]] | None = None
     input_size: int | None = None
+    class_order: list[int] | None = None
+    """For each class of the data the net's own number of it, -1 where it has none; None where they are the same."""
+
+    @property
+    def num_logits(self) -> int:
+        """How many classes the model answers for."""
+        return self.num_classes if self.class_order is None else len(self.class_order)
 
     @property
     def net_shape(self) -> list[int]:
@@ -103,7 +111,17 @@ class Model(nn.Module):
             images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=antialias)
         if self.mean is not None and self.std is not None:
             images = (images - self.mean) / self.std
-        return self.net(images)
+        outputs = self.net(images)
+        return outputs if self.record.class_order is None else _reordered(outputs, self.record.class_order)
+
+
+def _reordered(outputs: Any, order: list[int]) -> Tensor:
+    """The logits (N, C) in another order of classes; one that the net lacks lies 20 below its lowest logit, where its
+    probability is next to nothing and every loss stays finite."""
+    logits = find_logits(outputs)
+    lacking = torch.tensor([number < 0 for number in order], device=logits.device)
+    chosen = logits[:, torch.tensor([max(number, 0) for number in order], device=logits.device)]
+    return torch.where(lacking, logits.detach().amin(1, keepdim=True) - 20, chosen)
 
 
 def _channels(record: ModelRecord, name: str) -> Tensor:

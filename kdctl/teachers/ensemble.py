@@ -1,4 +1,4 @@
-"""Several teachers that answer with one voice."""
+"""Several teachers, asked together."""
 
 from __future__ import annotations
 
@@ -6,31 +6,28 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from kdctl.errors import ConfigError, Problem
 from kdctl.signals import Batch, Signals
 from kdctl.teachers.base import Teacher
 
 
 class Ensemble(Teacher):
-    """The mean of the members' logits, in float32. Each member is live or stored by itself.
+    """The mean of the members' logits, in float32, and what each member says by itself (`Signals.members`).
 
-    Features are those of a single teacher: taps raise ConfigError.
+    Each member is live or stored by itself. Features are those of the members.
     """
 
-    def __init__(self, members: Sequence[Teacher], taps: Sequence[str] = ()) -> None:
+    def __init__(self, members: Sequence[Teacher]) -> None:
         self.members = list(members)
         self.models = [model for member in members for model in member.models]
-        self.taps = ()
-        if taps:
-            named = ", ".join(sorted(set(taps)))
-            message = f"{len(self.members)} teachers have no common features, and a term taps {named}"
-            raise ConfigError(Problem(message, key="teacher", hint="features are those of a single teacher"))
+        self.taps = tuple(sorted({tap for member in members for tap in member.taps}))
 
     @torch.no_grad()
     def __call__(self, batch: Batch, taps: Collection[str] | None = None, logits: bool = True) -> Signals:
-        signals, *others = [member(batch, (), logits) for member in self.members]
-        signals.logits = torch.stack([s.logits.float() for s in (signals, *others)]).mean(0)
-        return signals
+        wanted = set(self.taps if taps is None else taps)
+        said = [member(batch, tuple(wanted & set(member.taps)), logits) for member in self.members]
+        mean = torch.stack([signals.logits.float() for signals in said]).mean(0)
+        first = said[0]
+        return Signals(mean, first.link, {}, first.keep, first.class_dim, tuple(said))
 
     def flush(self) -> None:
         for member in self.members:

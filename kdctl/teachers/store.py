@@ -317,9 +317,11 @@ def content_key(
     contents = contents_of(experiment.teacher_cache or TeacherCache(), model, taps)
     changed = stage.data
     augment = changed.augment if changed.augment is not None else experiment.data.augment
+    strong = changed.strong_augment if changed.strong_augment is not None else experiment.data.strong_augment
     key = model_key(
         model, data, contents, str(experiment.train.precision),
-        augment=[_operation(spec.kind, spec.arguments) for spec in augment],
+        augment=[_operation(spec.kind, spec.arguments) for spec in augment]
+        + [_operation(spec.kind, spec.arguments) | {"stream": 1} for spec in strong],
         enumerated=(changed.views or experiment.data.views) == "all",
         augment_seed=experiment.data.augment_seed,
     )  # fmt: skip
@@ -328,7 +330,7 @@ def content_key(
 
 def contents_of(cache: TeacherCache, model: Model, taps: Sequence[str]) -> Contents:
     """What a stage's store keeps. A top_k that is not less than the number of classes is all of them."""
-    classes = model.record.num_classes
+    classes = model.record.num_logits
     top_k = cache.top_k if cache.top_k is not None and cache.top_k < classes else None
     kept = tuple(sorted(set(taps))) if cache.store != "logits" else ()
     logits = cache.store != "features"

@@ -1,0 +1,158 @@
+"""Models as an experiment asks for them: built, with their weights, and refused where they cannot fit the data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdctl import registry
+from kdctl.config.schema import ModelSpec, Normalize, TeacherSpec, TrainStage
+from kdctl.data.prepare import Data
+from kdctl.errors import ConfigError, Problem
+from kdctl.models import record as records
+from kdctl.models.record import Model, ModelRecord
+from kdctl.models.weights import load_weights
+from kdctl.runs import holds_model
+
+IMAGENET = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+
+
+def seed_everything(seed: int, *names: str) -> None:
+    """Seeds torch from the run's seed and what is drawn next, so that one part's draws never shift another's."""
+    digest = hashlib.sha256("/".join([str(seed), *names]).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def build_model(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str], Path] | None = None) -> Model:
+    """A model of the given kind for this data, with its weights loaded where the spec names some.
+
+    stage_file gives the stem of the model that an earlier stage made. Raises ConfigError where class counts, channels
+    or names cannot match.
+    """
+    own_classes = spec.classes if isinstance(spec, TeacherSpec) else None
+    if own_classes is not None:
+        model = _load_other_classes(spec, own_classes, data, key, stage_file)
+    elif spec.stage is not None and stage_file is not None:
+        model = records.load_model(stage_file(spec.stage))
+        _check_classes(model.record, data, key)
+    elif spec.weights and holds_model(spec.weights):
+        model = records.load_model(Path(spec.weights))
+        _check_record(spec, model.record, data, key)
+        _check_classes(model.record, data, key)
+    else:
+        model = records.build_model(_record(spec, data))
+        if spec.weights:
+            load_weights(model.net, "pretrained" if spec.weights == "pretrained" else Path(spec.weights), spec.mapping)
+    check_fits(model.record, data, key)
+    return model
+
+
+def _load_other_classes(
+    spec: ModelSpec, classes: str | list[str], data: Data, key: str, stage_file: Callable[[str], Path] | None
+) -> Model:
+    """A teacher whose classes are not those of the data, or stand in another order: its logits are put in order.
+
+    classes: the names of its classes in its own order; `by_name` takes those that its record holds. Raises ConfigError
+    where they cannot be told, or none of them is a class of the data.
+    """
+    key = f"{key}.classes"
+    if spec.stage is not None and stage_file is not None:
+        model = records.load_model(stage_file(spec.stage))
+    elif spec.weights and holds_model(spec.weights):
+        model = records.load_model(Path(spec.weights))
+    elif isinstance(classes, str):
+        hint = "list the teacher's class names in its own order"
+        raise ConfigError(Problem("these weights have no record of their class names", key=key, hint=hint))
+    else:
+        model = records.build_model(replace(_record(spec, data), num_classes=len(classes), class_names=list(classes)))
+        if spec.weights:
+            load_weights(model.net, "pretrained" if spec.weights == "pretrained" else Path(spec.weights), spec.mapping)
+    names = model.record.class_names if isinstance(classes, str) else classes
+    if len(names) != model.record.num_classes:
+        message = f"{len(names)} names for the {model.record.num_classes} classes of the teacher"
+        raise ConfigError(Problem(message, key=key))
+    order = [names.index(name) if name in names else -1 for name in data.class_names]
+    if max(order) < 0:
+        message = f"no class of the teacher ({names[0]}, ...) is one of the data ({data.class_names[0]}, ...)"
+        raise ConfigError(Problem(message, key=key, hint="name the teacher's classes as the data do, in its order"))
+    model.record = replace(model.record, class_order=order)
+    return model
+
+
+def _record(spec: ModelSpec, data: Data) -> ModelRecord:
+    normalize: dict[str, list[float]] | None
+    if spec.normalize == "none":
+        normalize = None
+    elif spec.normalize == "data":
+        normalize = {"mean": list(data.mean), "std": list(data.std)}
+    else:
+        chosen = IMAGENET if spec.normalize == "imagenet" else spec.normalize
+        normalize = {"mean": list(chosen.mean), "std": list(chosen.std)}
+    return ModelRecord(
+        kind=spec.kind,
+        arguments=spec.arguments,
+        num_classes=len(data.class_names),
+        class_names=list(data.class_names),
+        image_shape=list(data.image_shape),
+        normalize=normalize,
+        input_size=spec.input_size,
+    )
+
+
+def build_teachers(stage: TrainStage, data: Data, seed: int, stage_file: Callable[[str], Path]) -> list[Model]:
+    """The teachers of a stage; a declared control without weights is the same random net whenever it is built."""
+    seed_everything(seed, stage.name, "teacher")
+    return [build_model(spec, data, "teacher", stage_file) for spec in stage.teachers]
+
+
+def _check_record(spec: ModelSpec, record: ModelRecord, data: Data, key: str) -> None:
+    """Refuses a spec that asks for something else than the record beside its weights says."""
+    asked = _record(spec, data)
+    kind, own = registry.canonical("models", spec.kind), record.kind
+    if registry.is_file_kind(kind) and registry.is_file_kind(own):  # the record names its copy of the user's file
+        kind, own = kind.rpartition(":")[2], own.rpartition(":")[2]
+    pairs: dict[str, tuple[Any, Any]] = {"kind": (kind, own)}
+    pairs |= {name: (value, record.arguments.get(name, value)) for name, value in spec.arguments.items()}
+    if spec.normalize != "data":
+        pairs["normalize"] = (asked.normalize, record.normalize)
+    if spec.input_size is not None:
+        pairs["input_size"] = (spec.input_size, record.input_size)
+    problems = [
+        Problem(f"got {got!r}, but {spec.weights} holds {has!r}", key=f"{key}.{name}", hint="leave it out, or agree")
+        for name, (got, has) in pairs.items()
+        if got != has
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _check_classes(record: ModelRecord, data: Data, key: str) -> None:
+    """Refuses a model whose classes stand in another order than the data's: every label would mean something else."""
+    if record.class_names == data.class_names or len(record.class_names) != len(data.class_names):
+        return
+    at = next(i for i, (a, b) in enumerate(zip(record.class_names, data.class_names, strict=True)) if a != b)
+    message = f"class {at} of the model is '{record.class_names[at]}', of the data '{data.class_names[at]}'"
+    raise ConfigError(Problem(message, key=key, hint="name weights that were trained on these classes in this order"))
+
+
+def check_fits(record: ModelRecord, data: Data, key: str) -> None:
+    """Refuses a model for other images or another number of classes than the data have."""
+    if record.num_logits != len(data.class_names):
+        message = f"the model has {record.num_logits} classes, the data {len(data.class_names)}"
+        raise ConfigError(Problem(message, key=key, hint="name weights that were trained on these classes"))
+    if record.image_shape[0] != data.image_shape[0]:
+        message = f"the model takes {record.image_shape[0]} channels, the data have {data.image_shape[0]}"
+        raise ConfigError(Problem(message, key=key))
+
+
+def check_teacher(top1: float, chance: float, spec: TeacherSpec) -> None:
+    """Refuses a teacher that is no better than chance, unless it is declared a control."""
+    if top1 <= chance and not spec.control:
+        message = f"the teacher is no better than chance: {top1:.1f} against {chance:.1f} percent"
+        hint = "check its weights, `normalize` and class order; a deliberate control says `control: true`"
+        raise ConfigError(Problem(message, key="teacher", hint=hint))

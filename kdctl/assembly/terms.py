@@ -1,0 +1,139 @@
+"""Terms of the loss as an experiment asks for them, set up by a dry run that proves each to reach the student."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from kdctl import registry
+from kdctl.config.schema import Component, LossSpec, TapPair, TrainStage
+from kdctl.errors import ConfigError, Problem
+from kdctl.losses.base import DryRun, Loss
+from kdctl.methods.base import Term
+from kdctl.models.record import Model
+from kdctl.optim.schedules import WeightSchedule
+from kdctl.signals import Batch, Signals
+from kdctl.taps import Taps
+from kdctl.tasks.base import Task
+from kdctl.teachers.base import Teacher
+from kdctl.teachers.several import Several
+
+
+def build_terms(
+    specs: Sequence[LossSpec], steps_per_epoch: int, ensemble: Component | None = None, num_teachers: int = 1
+) -> list[Term]:
+    """The terms of a stage, not set up yet. ensemble: how several teachers are combined."""
+    terms = []
+    for spec in specs:
+        loss = _build_loss(spec, 0, num_teachers)
+        if ensemble is not None and num_teachers > 1 and _one_by_one(loss, ensemble):
+            losses = [loss, *(_build_loss(spec, number, num_teachers) for number in range(1, num_teachers))]
+            loss = Several(losses, registry.create("ensembles", ensemble.kind, ensemble.arguments))
+        if loss.needs_taps and not loss.taps:
+            hint = "add taps: [layer1, ...]; `kdctl explain " + spec.kind + "` says which it is meant for"
+            raise ConfigError(Problem("the term needs taps and has none", key=f"losses.{spec.label}", hint=hint))
+        loss.steps_per_epoch = steps_per_epoch
+        terms.append(Term(spec.label, loss, WeightSchedule(spec.weight, steps_per_epoch)))
+    return terms
+
+
+def dry_run(
+    student: Model, teacher: Teacher | None, terms: Sequence[Term], task: Task, batch: Batch, num_samples: int
+) -> None:
+    """Makes the adapters of every term from real shapes, then proves that each term's gradient reaches the student.
+
+    Works on a copy of the student in eval mode: no buffer of the real one moves.
+    """
+    trial = copy.deepcopy(student).eval()
+    taps = Taps(trial.net, sorted({s for term in terms for s, _ in term.loss.taps}))
+    try:
+        with taps.recording() as features:
+            outputs = task.forward(trial, batch)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        message = f"the model cannot take images of shape {tuple(batch.inputs.shape[1:])}: {error}"
+        hint = "student.input_size resizes images to what the model was made for, for example 224"
+        raise ConfigError(Problem(message, key="student", hint=hint)) from error
+    seen = task.signals(outputs, batch, features)
+    signals = None if teacher is None else teacher(batch)
+    if batch.strong is not None:  # the shapes are the same
+        seen = replace(seen, strong=seen)
+        signals = None if signals is None else replace(signals, strong=signals)
+    if signals is not None and signals.logits.shape != seen.logits.shape:
+        got, own = tuple(signals.logits.shape[1:]), tuple(seen.logits.shape[1:])
+        raise ConfigError(Problem(f"the teacher's outputs have shape {got}, the student's {own}", key="teacher"))
+    for term in terms:
+        nets = [] if teacher is None else [model.net for model in teacher.models]
+        term.loss.setup(DryRun(task, batch, _detached(seen), signals, num_samples, trial.net, nets))
+    for term in terms:
+        term.loss.eval()
+        term.loss.bind(trial.net)
+        _check_gradient(term, trial, seen, signals, batch)
+        term.loss.train()
+
+
+def _build_loss(spec: LossSpec, number: int, num_teachers: int) -> Loss:
+    """The loss of a term against teacher `number`."""
+    loss: Loss = registry.create("losses", spec.kind, spec.arguments)
+    teachers = range(num_teachers) if loss.sees_members else [number]
+    loss.taps = tuple((student_tap(tap), teacher_tap(tap, k)) for tap in spec.taps for k in teachers)
+    return loss
+
+
+def student_tap(tap: str | TapPair) -> str:
+    return tap if isinstance(tap, str) else tap.student
+
+
+def teacher_tap(tap: str | TapPair, number: int) -> str:
+    """The place in teacher `number` that a tap of a term names."""
+    if isinstance(tap, str):
+        return tap
+    if isinstance(tap.teacher, str):
+        return tap.teacher
+    if number >= len(tap.teacher):
+        message = f"{len(tap.teacher)} places for teacher {number + 1}"
+        raise ConfigError(Problem(message, key="taps", hint="a list has one place a teacher, in their order"))
+    return tap.teacher[number]
+
+
+def teacher_taps(stage: TrainStage, number: int) -> list[str]:
+    """All places in teacher `number` that the terms of a stage look at."""
+    taught = [s for s in stage.losses if registry.load(registry.find("losses", s.kind)).needs_teacher]  # type: ignore[attr-defined]
+    return sorted({teacher_tap(tap, number) for spec in taught for tap in spec.taps})
+
+
+def _one_by_one(loss: Loss, ensemble: Component) -> bool:
+    """Whether a term is to be compared with each of several teachers, not with the mean of their logits."""
+    spoken = ensemble.kind == "mean_logits" and not loss.taps
+    return loss.needs_teacher and not loss.sees_members and not spoken
+
+
+def check_accumulation(terms: Sequence[Term], stage: TrainStage) -> None:
+    for term in terms:
+        if term.loss.batchwise and stage.accumulate > 1:
+            message = f"the term compares the samples of a batch, and accumulate is {stage.accumulate}"
+            hint = "micro-batches would change this loss: set accumulate to 1 and batch_size to what fits"
+            raise ConfigError(Problem(message, key=f"losses.{term.name}", hint=hint))
+
+
+def _detached(signals: Signals) -> Signals:
+    features = {tap: value.detach() for tap, value in signals.features.items()}
+    return replace(signals, logits=signals.logits.detach(), features=features)
+
+
+def _check_gradient(term: Term, student: Model, seen: Signals, teacher: Signals | None, batch: Batch) -> None:
+    key = f"losses.{term.name}"
+    value = term.loss(seen, teacher, batch)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    gradients: Sequence[torch.Tensor | None] = []
+    if value.requires_grad:
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    reached = [g for g in gradients if g is not None]
+    if not reached:
+        hint = "its taps may lie before every trained weight, or a tensor was detached on the way"
+        raise ConfigError(Problem("no gradient of this term reaches the student", key=key, hint=hint))
+    if not any(bool(g.any()) for g in reached):
+        warnings.warn(f"{key}: its gradient is zero on the first samples", stacklevel=2)

@@ -1,0 +1,41 @@
+"""How much of the student's gradient comes from each term, and weights that give each term the share it is to have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def gradient_norms(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> dict[str, float]:
+    """The Euclidean norm of each term's gradient by the student's parameters; the graph is kept.
+
+    One backward pass a term. A term that does not reach the student has 0.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    norms: dict[str, Tensor] = {}
+    for name, loss in losses.items():
+        found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True) if loss.requires_grad else ()
+        squares = [gradient.detach().float().square().sum() for gradient in found if gradient is not None]
+        norms[name] = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+    return {name: float(norm) for name, norm in norms.items()}
+
+
+def shares(norms: Mapping[str, float]) -> dict[str, float]:
+    """Each norm as a part of their sum; empty where there is no gradient at all, or one that is not finite."""
+    total = sum(norms.values())
+    return {name: norm / total for name, norm in norms.items()} if total > 0 and math.isfinite(total) else {}
+
+
+def balancing_factors(norms: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
+    """What multiplies each term so that its part of the gradient's norm is its part of the weights.
+
+    norms: of the weighted terms. The sum of the norms stays what it is. A term without gradient keeps the factor 1.
+    """
+    moving = {name: norm for name, norm in norms.items() if norm > 0 and math.isfinite(norm)}
+    total, weight = sum(moving.values()), sum(abs(weights[name]) for name in moving)
+    if not weight:
+        return dict.fromkeys(norms, 1.0)
+    return {n: total * abs(weights[n]) / weight / moving[n] if n in moving else 1.0 for n in norms}

@@ -1,0 +1,55 @@
+"""A term against several teachers: one copy of it for each, with adapters of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from kdctl.losses.base import DryRun, Loss
+from kdctl.signals import Batch, Signals
+from kdctl.teachers.combine import Combination
+
+
+class Several(Loss):
+    """The values of a term against each teacher, combined.
+
+    losses: the term, once for each teacher in their order, with the taps of that teacher. Logits are always asked
+    for, since by these the teachers are weighed.
+    """
+
+    def __init__(self, losses: Sequence[Loss], combination: Combination) -> None:
+        super().__init__()
+        self.losses = nn.ModuleList(losses)
+        self.combination = combination
+        first = losses[0]
+        for name in ("needs_targets", "needs_taps", "batchwise", "links"):
+            setattr(self, name, getattr(first, name))
+        self.taps = tuple(dict.fromkeys(pair for loss in losses for pair in loss.taps))
+
+    def setup(self, dry_run: DryRun) -> None:
+        assert dry_run.teacher is not None
+        seen = zip(self._each(), dry_run.teacher.members, dry_run.teacher_nets, strict=True)
+        for loss, teacher, net in seen:
+            loss.setup(replace(dry_run, teacher=teacher, teacher_nets=[net]))
+
+    def bind(self, student_net: nn.Module) -> None:
+        for loss in self._each():
+            loss.bind(student_net)
+
+    def count(self, batch: Batch) -> int | Tensor:
+        return self._each()[0].count(batch)
+
+    def forward(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
+        assert teacher is not None
+        values = []
+        for loss, member in zip(self._each(), teacher.members, strict=True):
+            loss.epoch, loss.steps_per_epoch = self.epoch, self.steps_per_epoch
+            whole = self.batchwise or type(loss).values is Loss.values  # a user's own may give sums alone
+            values.append((loss if whole else loss.values)(student, member, batch))
+        members = [replace(member, logits=member.logits.detach()) for member in teacher.members]
+        return self.combination.combine(values, student, members, batch)
+
+    def _each(self) -> list[Loss]:
+        return [loss for loss in self.losses if isinstance(loss, Loss)]
