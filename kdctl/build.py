@@ -13,7 +13,7 @@ from torch import nn
 from kdctl import ranks, registry, sharding
 from kdctl.assembly.models import build_model, build_teachers, check_fits, check_teacher, seed_everything
 from kdctl.assembly.terms import build_terms, check_accumulation, dry_run, teacher_taps
-from kdctl.config.schema import Experiment, TrainStage
+from kdctl.config.schema import Experiment, RunSettings, TrainStage
 from kdctl.data.augment import Augment
 from kdctl.data.loader import TrainLoader
 from kdctl.data.prepare import Data, prepare
@@ -131,7 +131,7 @@ def build_stage(
     task = build_task(experiment)
     data = data.for_stage(stage.data)
     method: Method = registry.create("methods", stage.method.kind, stage.method.arguments)
-    _check_parallel(method, stage)
+    _check_method(method, stage, settings)
 
     seed_everything(settings.seed, stage.name, "student")
     student, models = _build_models(experiment, stage, data, stage_file, start, method)
@@ -161,12 +161,11 @@ def build_stage(
     teacher = _together(members)
     _check_compile(settings.compile is True, terms)
     compile, steps = settings.compile is True, len(loader)
-    method.assemble(Parts(student, teacher, terms, task, device, stage.frozen, compile, steps))
+    precision = str(settings.precision)
+    method.assemble(Parts(student, teacher, terms, task, device, stage.frozen, compile, steps, precision))
     optimizer = method.make_optimizer(stage.optimizer.kind, stage.optimizer.arguments)
     schedule = registry.create("schedules", stage.schedule.kind, stage.schedule.arguments)
-    return Built(
-        task, data, loader, method, optimizer, schedule.factor, teacher, members, device, str(settings.precision)
-    )
+    return Built(task, data, loader, method, optimizer, schedule.factor, teacher, members, device, precision)
 
 
 def _build_models(
@@ -188,7 +187,11 @@ def _build_models(
     return method.prepare(student, models, fresh), models
 
 
-def _check_parallel(method: Method, stage: TrainStage) -> None:
+def _check_method(method: Method, stage: TrainStage, settings: RunSettings) -> None:
+    """Refuses what a method does not go with."""
+    if not method.one_gradient and (stage.clip_norm is not None or settings.precision == "fp16"):
+        message = f"the method {stage.method.kind} has two gradients, which are neither clipped nor scaled as one"
+        raise ConfigError(Problem(message, key="method", hint="leave out train.clip_norm, and train in fp32 or bf16"))
     if ranks.current().size > 1 and not method.parallel:
         message = f"the method {stage.method.kind} trains in one process, and there are {ranks.current().size}"
         raise ConfigError(Problem(message, key="method", hint="train without --nproc"))

@@ -37,6 +37,8 @@ from kdctl.watch import StopSignal
 Say = Callable[[str], None]
 _TIMED_BATCHES, _TIMED_SAMPLES = 3, 128
 _CLEAN_FOLDER = "clean"
+Part = tuple[str, int, int]
+"""Split, turn and stream."""
 
 
 @dataclass
@@ -56,21 +58,24 @@ class Member:
         return self.teacher.store
 
     @property
-    def parts(self) -> list[tuple[str, int]]:
-        """(split, turn) of all that is stored: the clean validation split, and each turn that the epochs come to."""
+    def parts(self) -> list[Part]:
+        """All that is stored: the clean validation split, and each turn that the epochs come to, with its strongly
+        augmented version where there is one."""
         turns = dict.fromkeys(self.loader.views.turn(epoch) for epoch in range(self.stage.epochs))
-        clean = [("val", CLEAN)] if self.data.val is not None else []
-        return [*clean, *(("train", turn) for turn in turns)]
+        clean = [("val", CLEAN, 0)] if self.data.val is not None else []
+        streams = (0,) if self.loader.strong is None else (0, 1)
+        return [*clean, *(("train", turn, stream) for turn in turns for stream in streams)]
 
-    def missing(self, split: str, turn: int) -> Tensor:
+    def missing(self, split: str, turn: int, stream: int) -> Tensor:
         """The rows of a split whose samples are not held."""
         index = self.data.split(split).index.numpy()
-        return torch.from_numpy(np.flatnonzero(self.store.turn(split, turn).missing(index)))
+        return torch.from_numpy(np.flatnonzero(self.store.turn(split, turn, stream).missing(index)))
 
-    def batches(self, split: str, turn: int, rows: Tensor, size: int) -> Iterator[Batch]:
+    def batches(self, split: str, turn: int, stream: int, rows: Tensor, size: int) -> Iterator[Batch]:
         """These rows of a split as a turn shows them."""
         if split == "train":
-            return self.loader.shown(list(rows.to(self.loader.split.targets.device).split(size)), turn)
+            shown = self.loader.shown(list(rows.to(self.loader.split.targets.device).split(size)), turn)
+            return (batch.strongly() if stream else batch for batch in shown)
         part = self.data.split(split).subset(rows)
         return clean_batches(part, batch_size=size, name=split, device=self.device, workers=self.loader.workers)
 
@@ -118,7 +123,7 @@ def cost(member: Member) -> Cost:
     preparing, asking, row_bytes = [], [], 0.0
     for _ in range(_TIMED_BATCHES):
         began = time.perf_counter()
-        batch = next(member.batches("train", member.parts[-1][1], rows, count))
+        batch = next(member.batches(*member.parts[-1], rows, count))
         _wait(member.device)
         ready = time.perf_counter()
         with autocast(member.device, member.precision):
@@ -129,7 +134,8 @@ def cost(member: Member) -> Cost:
         sizes = {n: t[0].numel() * np.dtype(contents.numpy_dtype(n)).itemsize for n, t in fields.items()}
         row_bytes = float(sum(sizes.values()))
     a_row, prepared = min(asking) / count, min(preparing) / count
-    return Cost(missing * (a_row + prepared), len(member.data.train) * a_row, row_bytes)
+    streams = len({stream for _, _, stream in member.parts})
+    return Cost(missing * (a_row + prepared), streams * len(member.data.train) * a_row, row_bytes)
 
 
 def _wait(device: torch.device) -> None:
@@ -145,17 +151,17 @@ def fill(member: Member, say: Say, check: Callable[[], None] = lambda: None) -> 
     filled, began = 0, time.perf_counter()
     parts = member.parts
     try:
-        for number, (split, turn) in enumerate(parts, 1):
-            rows = member.missing(split, turn)
+        for number, part in enumerate(parts, 1):
+            rows = member.missing(*part)
             if not len(rows):
                 continue
-            for batch in member.batches(split, turn, rows, member.batch_size):
+            for batch in member.batches(*part, rows, member.batch_size):
                 member.fill(batch)
                 filled += batch.size
                 check()
             member.store.flush()
             rate = filled / (time.perf_counter() - began)
-            say(f"stored {_part_text(split, turn)} ({number} of {len(parts)}): {len(rows):,} samples, {rate:,.0f}/s")
+            say(f"stored {_part_text(*part)} ({number} of {len(parts)}): {len(rows):,} samples, {rate:,.0f}/s")
     finally:
         member.store.flush()
     return filled
@@ -164,7 +170,7 @@ def fill(member: Member, say: Say, check: Callable[[], None] = lambda: None) -> 
 def announce(member: Member, spent: Cost) -> str:
     """What a store holds, what building it costs and when that pays off, in one line."""
     held = {part: len(member.data.split(part[0])) - len(member.missing(*part)) for part in member.parts}
-    rows = sum(len(member.data.split(split)) for split, _ in held)
+    rows = sum(len(member.data.split(part[0])) for part in held)
     if sum(held.values()) == rows:
         return f"{_name(member)}: all {rows:,} samples are in {member.store.folder}"
     text = f"{_name(member)}: {sum(held.values()):,} of {rows:,} samples ({bytes_text(rows * spent.row_bytes)})"
@@ -329,10 +335,11 @@ def _folders(experiment: Experiment, load_data: Callable[[], Data]) -> list[Path
 def _describe(member: Member, spent: Cost | None) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
     held_rows = rows = 0
-    for split, turn in member.parts:
+    for split, turn, stream in member.parts:
         expected = len(member.data.split(split))
-        held = expected - len(member.missing(split, turn))
-        parts.append({"split": split, "turn": None if turn == CLEAN else turn, "rows": held, "expected": expected})
+        held = expected - len(member.missing(split, turn, stream))
+        place = {"split": split, "turn": None if turn == CLEAN else turn} | ({"stream": stream} if stream else {})
+        parts.append(place | {"rows": held, "expected": expected})
         held_rows, rows = held_rows + held, rows + expected
         near = None if held_rows else nearest(member.store.key)
     document: dict[str, Any] = {
@@ -360,8 +367,8 @@ def _name(member: Member) -> str:
     return f"store of {member.teacher.models[0].record.kind} for stage {member.stage.name}"
 
 
-def _part_text(split: str, turn: int) -> str:
-    return f"{split}, clean" if turn == CLEAN else f"{split}, view {turn}"
+def _part_text(split: str, turn: int, stream: int) -> str:
+    return f"{split}, clean" if turn == CLEAN else f"{split}, view {turn}{', strong' if stream else ''}"
 
 
 def bytes_text(size: float) -> str:

@@ -109,6 +109,8 @@ def fit(
         _restore(loop)
     else:
         built.method.start(built.loader)
+        if stage.ema:  # of the weights that it starts from
+            loop.ema = EMA(built.method.student.net, stage.ema)
         _save(loop)
 
     while not loop.state.finished:

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor, nn
 
 
-def gradient_norms(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> dict[str, float]:
-    """The Euclidean norm of each term's gradient by the student's parameters; the graph is kept.
+def gradients(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> dict[str, Tensor]:
+    """Each term's gradient by the student's parameters, as one vector; the graph is kept.
 
-    One backward pass a term. A term that does not reach the student has 0.
+    One backward pass a term. A term that does not reach the student has zeros.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    norms: dict[str, Tensor] = {}
+    vectors: dict[str, Tensor] = {}
     for name, loss in losses.items():
-        found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True) if loss.requires_grad else ()
-        squares = [gradient.detach().float().square().sum() for gradient in found if gradient is not None]
-        norms[name] = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
-    return {name: float(norm) for name, norm in norms.items()}
+        found: Iterable[Tensor | None] = [None] * len(trained)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+        parts = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)]
+        vectors[name] = torch.cat([part.detach().float().flatten() for part in parts])
+    return vectors
 
 
 def shares(norms: Mapping[str, float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from kdctl.config.schema import TrainStage
 from kdctl.device import autocast
 from kdctl.errors import DivergedError, OutOfMemoryError, Problem, is_out_of_memory
 from kdctl.methods.base import Method
-from kdctl.shares import balancing_factors, gradient_norms, shares
+from kdctl.shares import balancing_factors, gradients, shares
 from kdctl.signals import Batch
 from kdctl.watch import Reporter
 
@@ -85,6 +85,7 @@ class Step:
         micro-batch does not fit.
         """
         batch = self.built.method.begin_step(batch, epoch)
+        self._number += 1
         while True:
             generators = checkpoint.random_state(self.built.device)
             try:
@@ -109,7 +110,7 @@ class Step:
         done = Sums(counts={name: counts[name] for name, weight in weights.items() if weight})
         scale = {n: self.factors.get(n, 1.0) * w / _at_least_one(counts[n]) for n, w in weights.items()}
         parts = batch.micro_batches(self._num_parts(batch))
-        self._number += 1
+        by_term: dict[str, Tensor] = {}
         for number, micro in enumerate(parts):
             with self._syncing(number == len(parts) - 1), self.clock.section("forward"):
                 with autocast(self.built.device, self.built.precision):
@@ -120,28 +121,38 @@ class Step:
                 loss = torch.stack([value.detach() for value in losses.values()]).sum()
                 self._check_finite(loss, sums)
                 with self.clock.section("backward"):
-                    if number == 0:
-                        self._measure_shares(losses, weights)
+                    if self._measures(losses):
+                        own = gradients(self._scaled(losses), method.student.net.parameters())
+                        by_term = {name: by_term.get(name, 0) + vector for name, vector in own.items()}
                     method.backward(losses, self._backward)
             done.loss = done.loss + _exact(loss)
             for name, value in sums.items():
                 done.sums[name] = done.sums.get(name, 0) + _exact(value)
+        if by_term:
+            self._take_shares(by_term, weights)
         return done
 
     def _backward(self, loss: Tensor, keep_graph: bool) -> None:
         self.scaler.scale(loss * self._ranks.size).backward(retain_graph=keep_graph)
 
-    def _measure_shares(self, losses: dict[str, Tensor], weights: dict[str, float]) -> None:
-        """Once in a while: how much of the gradient comes from each term, and with `balance` the factors that give each
-        its part from the next step on."""
-        if self._number % _SHARES_EVERY != 1 or len(losses) < 2 or self._sharded:
-            return
-        found = gradient_norms(losses, self.built.method.student.net.parameters())
-        norms = dict(zip(found, self._ranks.total(torch.tensor(list(found.values()))).tolist(), strict=True))
+    def _measures(self, losses: dict[str, Tensor]) -> bool:
+        """Whether the terms' gradients are looked at in this step: once in a while, and where `balance` meets a term
+        that it has no factor for."""
+        new = self.stage.balance == "gradient" and any(name not in self.factors for name in losses)
+        return (new or self._number % _SHARES_EVERY == 1) and len(losses) > 1 and not self._sharded
+
+    def _scaled(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.scaler.scale(loss) for name, loss in losses.items()}
+
+    def _take_shares(self, by_term: dict[str, Tensor], weights: dict[str, float]) -> None:
+        """How much of the gradient of the whole batch comes from each term, and with `balance` the factors that give
+        each its part from the next step on."""
+        scale = self.scaler.get_scale()
+        norms = {name: float(self._ranks.total(vector).norm()) / scale for name, vector in by_term.items()}
         self.shares = shares(norms)
-        if self.stage.balance == "gradient":
+        if self.stage.balance == "gradient" and self.shares:
             bare = {name: norm / self.factors.get(name, 1.0) for name, norm in norms.items()}
-            self.factors = balancing_factors(bare, weights)
+            self.factors = self.factors | balancing_factors(bare, weights)
 
     def _num_parts(self, batch: Batch) -> int:
         """Micro-batches of this step, as many in every process: parts of a batch differ by one sample."""

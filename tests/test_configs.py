@@ -17,6 +17,12 @@ from kdctl.watch import Reporter
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in CONFIGS]
+TWINS = {path: path.parent / "small" / path.name for path in CONFIGS if (path.parent / "small" / path.name).is_file()}
+"""Configs of full size that have a small twin: it runs in their place, they themselves with -m slow."""
+RUN = [
+    pytest.param(path, id=name, marks=[pytest.mark.slow] if path in TWINS else [])
+    for path, name in zip(CONFIGS, NAMES, strict=True)
+]
 
 
 def heading(path: Path) -> list[str]:
@@ -34,9 +40,11 @@ def test_there_are_configs() -> None:
     assert "configs/quickstart.yaml" in NAMES and len(NAMES) > 5
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+@pytest.mark.parametrize("path", RUN)
 def test_loads_and_runs_two_steps(path: Path) -> None:
-    small = ["data.batch_size=32"]  # as many steps, less arithmetic
+    small = ["data.batch_size=8", "train.threads=1"]  # as many steps, less arithmetic
+    if path.stem in ("factor_transfer", "fsp"):  # the features of a teacher with fresh weights are astronomical
+        small.append("train.clip_norm=0.01")
     experiment = load_experiment(path, small, require_files=False).experiment
     document = smoke(experiment, Reporter())
     assert document["status"] == "smoke" and document["stages"] == [stage.name for stage in experiment.stages]
@@ -63,3 +71,18 @@ def test_says_what_it_is_and_what_to_expect(path: Path) -> None:
     first, *rest = heading(path)
     assert first.endswith(".") and len(first) > 20
     assert re.search(r"Expect .*\d", " ".join(rest)), "say `Expect` and a number"
+
+
+@pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)
+def test_a_twin_is_the_same_experiment_but_small(path: Path) -> None:
+    """What runs in minutes has the terms, weights, methods and stages of what it stands for."""
+    large, small = (load_experiment(p, require_files=False).experiment for p in (path, TWINS[path]))
+    assert large.name != small.name
+    assert [stage.name for stage in large.stages] == [stage.name for stage in small.stages]
+    for one, other in zip(large.train_stages, small.train_stages, strict=True):
+        assert (one.method.kind, one.ensemble.kind, one.role) == (other.method.kind, other.ensemble.kind, other.role)
+        assert [term.kind for term in one.losses] == [term.kind for term in other.losses]
+        for term, twin in zip(one.losses, other.losses, strict=True):
+            assert isinstance(term.weight, dict) or term.weight == twin.weight
+            assert len(term.taps) == len(twin.taps)
+        assert other.epochs < one.epochs

@@ -65,6 +65,7 @@ def _load_other_classes(
         model = records.load_model(stage_file(spec.stage))
     elif spec.weights and holds_model(spec.weights):
         model = records.load_model(Path(spec.weights))
+        _check_record(spec, model.record, data, key.removesuffix(".classes"))
     elif isinstance(classes, str):
         hint = "list the teacher's class names in its own order"
         raise ConfigError(Problem("these weights have no record of their class names", key=key, hint=hint))
@@ -76,11 +77,15 @@ def _load_other_classes(
     if len(names) != model.record.num_classes:
         message = f"{len(names)} names for the {model.record.num_classes} classes of the teacher"
         raise ConfigError(Problem(message, key=key))
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(Problem(f"two classes of the teacher are called '{twice}'", key=key))
     order = [names.index(name) if name in names else -1 for name in data.class_names]
     if max(order) < 0:
         message = f"no class of the teacher ({names[0]}, ...) is one of the data ({data.class_names[0]}, ...)"
         raise ConfigError(Problem(message, key=key, hint="name the teacher's classes as the data do, in its order"))
-    model.record = replace(model.record, class_order=order)
+    same = order == list(range(len(names)))
+    model.record = replace(model.record, class_names=list(names), class_order=None if same else order)
     return model
 
 
@@ -133,10 +138,14 @@ def _check_record(spec: ModelSpec, record: ModelRecord, data: Data, key: str) ->
 
 def _check_classes(record: ModelRecord, data: Data, key: str) -> None:
     """Refuses a model whose classes stand in another order than the data's: every label would mean something else."""
-    if record.class_names == data.class_names or len(record.class_names) != len(data.class_names):
+    names = record.answers
+    if len(names) != len(data.class_names):
         return
-    at = next(i for i, (a, b) in enumerate(zip(record.class_names, data.class_names, strict=True)) if a != b)
-    message = f"class {at} of the model is '{record.class_names[at]}', of the data '{data.class_names[at]}'"
+    pairs = enumerate(zip(names, data.class_names, strict=True))
+    at = next((i for i, (own, wanted) in pairs if own not in (wanted, None)), None)
+    if at is None:
+        return
+    message = f"class {at} of the model is '{names[at]}', of the data '{data.class_names[at]}'"
     raise ConfigError(Problem(message, key=key, hint="name weights that were trained on these classes in this order"))
 
 

@@ -23,6 +23,10 @@ from kdctl.teachers.base import Teacher
 from kdctl.teachers.several import Several
 
 
+_LATE = 1e9
+"""An epoch at which every warm-up is over."""
+
+
 def build_terms(
     specs: Sequence[LossSpec], steps_per_epoch: int, ensemble: Component | None = None, num_teachers: int = 1
 ) -> list[Term]:
@@ -71,7 +75,9 @@ def dry_run(
     for term in terms:
         term.loss.eval()
         term.loss.bind(trial.net)
+        term.loss.epoch = _LATE
         _check_gradient(term, trial, seen, signals, batch)
+        term.loss.epoch = 0.0
         term.loss.train()
 
 
@@ -94,7 +100,7 @@ def teacher_tap(tap: str | TapPair, number: int) -> str:
     if isinstance(tap.teacher, str):
         return tap.teacher
     if number >= len(tap.teacher):
-        message = f"{len(tap.teacher)} places for teacher {number + 1}"
+        message = f"{len(tap.teacher)} places, and none for teacher {number + 1}"
         raise ConfigError(Problem(message, key="taps", hint="a list has one place a teacher, in their order"))
     return tap.teacher[number]
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import kdctl
 from kdctl import registry
 from kdctl.cli import console
 from kdctl.cli.console import yaml_text
@@ -68,7 +72,61 @@ def _component_document(component: registry.Component) -> dict[str, Any]:
         "preset": dict(component.preset),
         "arguments": [_argument(parameter, signature) for parameter in signature.arguments.values()],
         "accepts_any": signature.accepts_any,
+        "declares": _declared(component.group, signature.attributes),
+        "costs": _costs().get("costs", {}).get(component.name) if component.group == "losses" else None,
     }
+
+
+def _declared(group: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What the class of a loss or a method says of itself, read from its source."""
+    if group == "losses":
+        taps = attributes.get("needs_taps", False)
+        return {
+            "teacher": bool(attributes.get("needs_teacher", True)),
+            "labels": bool(attributes.get("needs_targets", False)),
+            "taps": "optional" if taps is None else "required" if taps else "none",
+            "whole_batch": bool(attributes.get("batchwise", False)),
+            "logits_of": list(attributes.get("links", ())),
+        }
+    if group == "methods":
+        return {
+            "teacher": not attributes.get("provides_teacher", False),
+            "several_processes": bool(attributes.get("parallel", False)),
+        }
+    return {}
+
+
+@functools.cache
+def _costs() -> dict[str, Any]:
+    """What scripts/bench/losses.py has measured of each loss; empty where the file is not there."""
+    path = Path(kdctl.__file__).parent / "losses" / "costs.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _declared_lines(group: str, declared: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The same for people: (label, text)."""
+    if group == "losses":
+        taps = {"required": "taps", "optional": "taps (may be left out)", "none": ""}[declared["taps"]]
+        needs = ["a teacher" if declared["teacher"] else "", "labels" if declared["labels"] else "", taps]
+        needs.append("the whole batch (no micro-batches)" if declared["whole_batch"] else "")
+        kinds = "" if len(declared["logits_of"]) > 1 else f"of {', '.join(declared['logits_of'])} models"
+        return [("needs", ", ".join(n for n in needs if n) or "nothing but logits"), ("logits", kinds)]
+    if group == "methods":
+        teacher = "a teacher where a term needs one" if declared["teacher"] else "no teacher: it teaches itself"
+        return [("needs", teacher), ("nproc", "any number" if declared["several_processes"] else "one process")]
+    return []
+
+
+def _costs_line(costs: Mapping[str, Any]) -> str:
+    """The costs of a loss in one line, in the units that people compare."""
+    meta = _costs().get("meta", {})
+    kept = costs["saved_bytes"]
+    amount = f"{kept / 2**20:,.1f} MiB" if kept >= 2**20 else f"{kept / 2**10:,.0f} KiB"
+    return (
+        f"{costs['time_vs_kd']:,g} x the time of kd, {costs['step_overhead_percent']:g} % of a training step of ResNet-20; "
+        f"{amount} kept for backward (batch {meta.get('batch', '?')}, one CPU thread)"
+    )
 
 
 def _argument(parameter: registry.Parameter, signature: registry.Signature) -> dict[str, Any]:
@@ -98,6 +156,14 @@ def _show_component(document: dict[str, Any]) -> None:
     console.out(document["summary"])
     if document["doc"]:
         console.out("\n" + document["doc"])
+    lines = _declared_lines(document["group"], document["declares"])
+    if document["costs"]:
+        lines.append(("costs", _costs_line(document["costs"])))
+    if any(text for _, text in lines):
+        console.out()
+    for label, text in lines:
+        if text:
+            console.out(f"{label:<9}{text}")
     if document["preset"]:
         preset = ", ".join(f"{name} = {yaml_text(value)}" for name, value in document["preset"].items())
         console.out(f"\nfixed by this name: {preset}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+from kdctl import registry
 from kdctl.cli import console, templates
 from kdctl.cli.verb import Argument, Option, Options, Reply
 from kdctl.errors import UsageError
@@ -22,7 +24,7 @@ def init(
     target = Path(output or source.name)
     if target.is_dir():
         target /= source.name
-    _write_new(target, source.read_text(encoding="utf-8"))
+    _write_new(target, _text_of(source))
     return Reply({"template": template, "path": str(target)}, _show)
 
 
@@ -30,6 +32,45 @@ def _show(document: dict[str, Any]) -> None:
     path = document["path"]
     console.out(f"wrote {path}")
     console.say(f"next: kdctl check {path}    kdctl train {path}")
+
+
+def _text_of(source: Path) -> str:
+    """The template as a file that stands by itself: with what it extends merged in, if it extends something."""
+    text = source.read_text(encoding="utf-8")
+    if not re.search(r"^extends:", text, re.MULTILINE):
+        return text
+    heading = re.match(r"(#[^\n]*\n)*", text)
+    return (heading[0] if heading else "") + _merged(source)
+
+
+def _merged(source: Path) -> str:
+    """The content of a file and of those that it extends, as one; paths are read against the file, as its own are."""
+    import yaml
+
+    from kdctl.config.check import walk
+    from kdctl.config.overrides import load_document
+    from kdctl.config.schema import Component, ExperimentFile
+    from kdctl.config.yaml_io import KeyPath
+
+    document = load_document(source)
+    for site in list(walk(ExperimentFile, document.data)):
+        if issubclass(site.model, Component) and (*site.path, "kind") in document.replaced:
+            signature = registry.signature(registry.find(site.group, str(site.value["kind"])))
+            known = {*site.keys, *signature.arguments, *signature.aliases}
+            for key in [k for k in site.value if k not in known and not signature.accepts_any]:
+                del site.value[key]  # an argument of the kind that was replaced
+
+    def moved(value: Any, path: KeyPath) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, list):
+            return [moved(item, (*path, number)) for number, item in enumerate(value)]
+        origin = document.origin(path)
+        if isinstance(value, str) and value.startswith(("./", "../")) and origin is not None:
+            return Path(os.path.relpath(origin.base / value, source.parent)).as_posix()
+        return value
+
+    return yaml.safe_dump(moved(document.data, ()), sort_keys=False, default_flow_style=None, width=100)
 
 
 def _write_new(target: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from kdctl.config.schema import (
     ModelSpec,
     Normalize,
     OutputStage,
+    TapPair,
     TeacherSpec,
     TrainStage,
 )
@@ -120,7 +121,23 @@ def _check_need(path: KeyPath, losses: Sequence[LossSpec], where: str) -> Iterat
             yield (*path, index), f"'{loss.kind}' needs a teacher, and {where} has none", _ADD_TEACHER
 
 
-def _teaches(method: Component | None) -> bool:
+def _check_several(
+    path: KeyPath, losses: Sequence[LossSpec], place: KeyPath, ensemble: Component | None, number: int
+) -> Iterator[Finding]:
+    """What names something of each teacher, where there are `number` of them."""
+    for index, loss in enumerate(losses):
+        for tap_index, tap in enumerate(loss.taps):
+            if isinstance(tap, TapPair) and isinstance(tap.teacher, list) and number and len(tap.teacher) != number:
+                message = f"{len(tap.teacher)} places for {number} teacher{'s' if number > 1 else ''}"
+                where = (*path, index, "taps", tap_index, "teacher")
+                yield where, message, "one place a teacher, in their order"
+    for key in ("weights", "groups") if ensemble is not None and number > 1 else ():
+        values = ensemble.arguments.get(key) if ensemble is not None else None
+        if isinstance(values, list) and len(values) != number:
+            yield (*place, key), f"{len(values)} {key} for {number} teachers", "one a teacher, in their order"
+
+
+def teaches(method: Component | None) -> bool:
     """Whether the method is itself what teaches."""
     if method is None:
         return False
@@ -144,14 +161,15 @@ def _attribute(loss: LossSpec, name: str, default: Any) -> Any:
 
 def _check_shorthands(file: ExperimentFile) -> Iterator[Finding]:
     if file.teacher is None or file.teacher == []:
-        if file.distill is not None:
-            yield ("distill",), "there is no teacher to distil from", _ADD_TEACHER
-        if not _teaches(file.method):
+        if not teaches(file.method):
+            if file.distill is not None:
+                yield ("distill",), "there is no teacher to distil from", _ADD_TEACHER
             yield from _check_need(("losses",), file.losses or [], "this experiment")
     given = file.teacher if isinstance(file.teacher, list) else [file.teacher] if file.teacher else []
     names = Counter([(spec.name or f"teacher-{i + 1}") for i, spec in enumerate(given) if spec.train] + ["student"])
     for name in [name for name, count in names.items() if count > 1]:
         yield ("teacher",), f"two stages would be called '{name}'", "give each teacher another name"
+    yield from _check_several(("losses",), file.losses or [], ("ensemble",), file.ensemble, len(given))
     if file.losses == []:
         yield ("losses",), "there is no term to train with", "leave `losses` out for the default"
     if file.train.early_stop is not None and file.data.val_fraction == 0:
@@ -193,15 +211,21 @@ def _check_train_stage(file: ExperimentFile, path: KeyPath, stage: TrainStage, e
             yield place, f"there is no earlier stage '{name}'; earlier stages: {allowed}", did_you_mean(name, earlier)
     yield from _check_losses((*path, "losses"), stage.losses)
     losses, place = stage.losses, (*path, "losses")
+    method, ensemble = (
+        getattr(stage if name in stage.model_fields_set or stage.role == "teacher" else file, name)
+        for name in ("method", "ensemble")
+    )
     if "losses" not in stage.model_fields_set and stage.role != "teacher":
         losses, place = file.losses or [], ("losses",)
-        if file.distill is not None and not taken:
+        if file.distill is not None and not taken and not teaches(method):
             yield ("distill",), f"stage '{stage.name}' has no teacher to distil from", None
     if "losses" in stage.model_fields_set and not stage.losses:
         yield place, "there is no term to train with", "leave `losses` out for the default"
-    method = stage.method if "method" in stage.model_fields_set else file.method
-    if not taken and not _teaches(method):
+    if not taken and not teaches(method):
         yield from _check_need(place, losses, f"stage '{stage.name}'")
+    given = taken if isinstance(taken, list) else [taken] if taken else []
+    own = (*path, "ensemble") if "ensemble" in stage.model_fields_set else ("ensemble",)
+    yield from _check_several(place, losses, own, ensemble, len(given))
     early_stop = stage.early_stop if "early_stop" in stage.model_fields_set else file.train.early_stop
     if early_stop is not None and file.data.val_fraction == 0:
         yield (*path, "early_stop"), "early stopping needs a validation split", "set data.val_fraction"
@@ -220,8 +244,8 @@ def _references(path: KeyPath, stage: TrainStage, teachers: Any) -> Iterator[tup
 def _check_used(file: ExperimentFile, stages: Sequence[TrainStage]) -> Iterator[Finding]:
     """Values of the experiment that no stage takes, since each sets its own."""
     learners = [stage for stage in stages if stage.role != "teacher"]
-    for key in ("optimizer", "schedule", "method", "losses", "distill", "teacher"):
-        takers = stages if key in ("optimizer", "schedule", "method") else learners
+    for key in ("optimizer", "schedule", "method", "ensemble", "balance", "losses", "distill", "teacher"):
+        takers = stages if key in ("optimizer", "schedule") else learners
         own = "losses" if key == "distill" else key
         if getattr(file, key) is not None and all(own in stage.model_fields_set for stage in takers):
             yield _unused((key,), own, stages)

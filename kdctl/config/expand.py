@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from kdctl import registry
 from kdctl.config.arguments import defaults
 from kdctl.config.check import check
+from kdctl.config.consistency import teaches
 from kdctl.config.overrides import load_document
 from kdctl.config.schema import (
     Component,
@@ -176,6 +177,10 @@ class _Expansion:
             self.links[(*here, key)] = (key,)
             return fallback if other is None else other
 
+        def learners(key: str, other: Any, fallback: Any) -> Any:
+            """How the student learns is no word about how its teacher does."""
+            return take(key, other, fallback) if key in given or stage.role != "teacher" else fallback
+
         teacher = stage.teacher
         if "teacher" not in given and stage.role != "teacher":
             teacher = file.teacher
@@ -193,16 +198,19 @@ class _Expansion:
         teachers = teacher if isinstance(teacher, list) else [] if teacher is None else [teacher]
         student = complete(student, "models")
         done = [complete(spec, "models") for spec in teachers]
+        method = complete(learners("method", file.method, _STAGE.method), "methods")
         self.stages.append(
             TrainStage(
                 name=stage.name,
                 role=stage.role,
                 student=student,
                 teacher=done if isinstance(teacher, list) else done[0] if done else None,
-                method=complete(take("method", file.method, _STAGE.method), "methods"),
-                ensemble=complete(take("ensemble", file.ensemble, _STAGE.ensemble), "ensembles"),
-                balance=take("balance", file.balance, _STAGE.balance),
-                losses=[complete(loss, "losses") for loss in self._losses(stage, bool(done), here)],
+                method=method,
+                ensemble=complete(learners("ensemble", file.ensemble, _STAGE.ensemble), "ensembles"),
+                balance=learners("balance", file.balance, _STAGE.balance),
+                losses=[
+                    complete(loss, "losses") for loss in self._losses(stage, bool(done) or teaches(method), here)
+                ],
                 optimizer=complete(take("optimizer", file.optimizer, _STAGE.optimizer), "optimizers"),
                 schedule=complete(take("schedule", file.schedule, _STAGE.schedule), "schedules"),
                 start=self._start(stage, student),

@@ -18,7 +18,8 @@ from kdctl.config.yaml_io import Document, KeyPath, Origin, read_file, read_valu
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem, did_you_mean
 
 LIST_GROUPS = {
-    "losses": "losses", "augment": "augment", "strong_augment": "augment", "transfer": "data", "compress": "compressors", "export": "exporters",
+    "losses": "losses", "augment": "augment", "strong_augment": "augment",
+    "transfer": "data", "compress": "compressors", "export": "exporters",
     "teacher": "models",
 }  # fmt: skip
 """Lists whose items an override may name by kind: key of the list -> group of its components."""

@@ -39,7 +39,7 @@ class AttentionTransfer(FeatureLoss):
         return nn.Identity()
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        student, teacher = _same_size(student, teacher)
+        student, teacher = same_size(student, teacher)
         difference = self._attention(student) - self._attention(teacher)
         if self.variant == "paper":
             return difference.norm(dim=1)
@@ -50,9 +50,16 @@ class AttentionTransfer(FeatureLoss):
         return F.normalize(base.pow(self.p).mean(1).flatten(1), dim=1)
 
 
-def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def as_map(feature: Tensor) -> Tensor:
+    """As a map (B, C, H, W): tokens are 1 x L, a vector is one position."""
+    if feature.ndim == 2:
+        return feature[:, :, None, None]
+    return feature.transpose(1, 2).unsqueeze(2) if feature.ndim == 3 else feature
+
+
+def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both as maps of the smaller height and the smaller width."""
-    maps = [f.transpose(1, 2).unsqueeze(2) if f.ndim == 3 else f for f in (student, teacher)]
+    maps = [as_map(f) for f in (student, teacher)]
     height, width = (min(maps[0].shape[d], maps[1].shape[d]) for d in (2, 3))
     pooled = [m if m.shape[2:] == (height, width) else F.adaptive_avg_pool2d(m, (height, width)) for m in maps]
     return pooled[0], pooled[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ class CorrelationCongruence(RelationLoss):
         and of its neighbour in the batch; 0 for a batch of one. `kdz`: mean_ij (k(e_s,i, e_s,j) - k(e_t,i, e_t,j))^2,
         where k is the Gaussian kernel of vectors of length 1 as a Taylor series,
         exp(-2 gamma) sum_p=0..order (2 gamma cos)^p / p!.
-    Paper: Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019, eq. 6 and 13.
+    Paper: Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019.
     Published: CIFAR-100: weight 0.02 beside ce 1, embeddings of 128 (RepDistiller, from the authors' code).
     Taps: the embedding before the classifier; maps and tokens are averaged over their positions.
 
@@ -71,5 +72,5 @@ class CorrelationCongruence(RelationLoss):
     def _kernel(self, vectors_BD: Tensor) -> Tensor:
         directions = F.normalize(vectors_BD, dim=1)
         similarity_BB = directions @ directions.T
-        powers = ((2 * self.gamma * similarity_BB) ** p / math.factorial(p) for p in range(1, self.order + 1))
-        return math.exp(-2 * self.gamma) * (1 + sum(powers))
+        powers = [(2 * self.gamma * similarity_BB) ** p / math.factorial(p) for p in range(self.order + 1)]
+        return math.exp(-2 * self.gamma) * torch.stack(powers).sum(0)

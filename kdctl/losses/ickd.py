@@ -16,8 +16,7 @@ class ICKD(FeatureLoss):
     Formula: sum_cd (G_s - G_t)_cd^2 / C of each sample, summed over pairs of taps, where G is f f^T (C x C) of the
         feature f (C, H W), with each row scaled to length 1. Heights and widths may differ.
     Paper: Liu et al., Exploring Inter-Channel Correlation for Diversity-Preserved Knowledge Distillation, ICCV 2021.
-    Published: CIFAR-100: weight 2.5 (from memory). torchdistill divides by the batch size once more: its ImageNet
-        weight of 500 is 500 / batch_size here.
+    Published: torchdistill divides by the batch size once more: its ImageNet weight of 500 is 500 / batch_size here.
     Taps: the last stage output. Where the student has other channels, a learnt 1x1 convolution (for tokens a linear
         layer) takes them to the teacher's number.
     """

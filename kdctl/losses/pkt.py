@@ -14,7 +14,7 @@ class PKT(RelationLoss):
 
     Formula: mean_ij t_ij log((t_ij + eps) / (s_ij + eps)) of the batch, where t and s are (1 + cos(e_i, e_j)) / 2 of
         the teacher's and the student's vectors, divided by the sum over j.
-    Paper: Passalis & Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018, eq. 5.
+    Paper: Passalis & Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018.
     Published: CIFAR-100: weight 30000 beside ce 1 (RepDistiller).
     Taps: the embedding before the classifier; maps and tokens are averaged over their positions.
 

@@ -18,13 +18,13 @@ class RKD(RelationLoss):
     Formula: distance_weight * mean_ij h(d_s,ij - d_t,ij) + angle_weight * mean_ijk h(a_s,ijk - a_t,ijk) of the batch,
         where d_ij is the distance of samples i and j divided by the mean distance of the batch (d_ii = 0), a_ijk is the
         cosine of the angle at i between j and k (0 where two of them coincide), and h is the smooth L1 (Huber) loss.
-    Paper: Park et al., Relational Knowledge Distillation, CVPR 2019, eq. 5 to 8.
+    Paper: Park et al., Relational Knowledge Distillation, CVPR 2019.
     Published: weights 25 and 50 inside, weight 1 beside ce 1 (RepDistiller, mdistiller, mmrazor); torchdistill 1 and 2.
     Taps: the embedding before the classifier; maps and tokens are averaged over their positions.
 
     distance_weight: of the distances.
     angle_weight: of the angles; their cost is the cube of the batch size.
-    eps: squared distances are not below it, so that the root has a gradient for samples that coincide.
+    eps: samples of a smaller squared distance coincide: their distance is 0 and pulls nothing.
     variant: `repdistiller` takes the vectors as they are, like the paper; `mmrazor` scales each to length 1 first.
     """
 
@@ -59,15 +59,15 @@ class RKD(RelationLoss):
         centred = precise - precise.mean(0)
         gram_BB = centred @ centred.T
         squares = gram_BB.diagonal()[:, None] + gram_BB.diagonal()
-        squared = (squares - 2 * gram_BB).clamp_min(self.eps)
+        squared = squares - 2 * gram_BB
         apart = squared > (16 * torch.finfo(precise.dtype).eps * squares).clamp_min(self.eps)
         apart = apart.fill_diagonal_(False)
         distances = torch.where(apart, squared.where(apart, 1.0).sqrt(), 0.0)
         return distances.to(vectors_BD.dtype)
 
     def _relative(self, distances_BB: Tensor) -> Tensor:
-        """Divided by the mean over the pairs that are apart; all 0 for a batch of one."""
-        pairs = (distances_BB > 0).sum().clamp_min(1)
+        """Divided by the mean over all pairs of two samples; all 0 for a batch of one."""
+        pairs = max(distances_BB.numel() - len(distances_BB), 1)
         return distances_BB / (distances_BB.sum() / pairs).clamp_min(self.eps**0.5)
 
 

@@ -13,7 +13,7 @@ class SimilarityPreserving(RelationLoss):
 
     Formula: sum_ij (G_s - G_t)_ij^2 / B^2 of the batch, summed over pairs of taps, where G is F F^T (B x B) of the
         flattened features F (B, C H W), with each row scaled to length 1.
-    Paper: Tung & Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019, eq. 4.
+    Paper: Tung & Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019.
     Published: CIFAR-100: weight 3000 beside ce 1, the last stage (RepDistiller).
     Taps: the last stage output, after its ReLU; shapes may differ. Nothing is averaged.
     """

@@ -19,7 +19,7 @@ class SRD(RelationLoss):
     Formula: 2 log sum_id |s_i,d - t_i,d|^exponent of the batch, where s is the batch-normalised linear projection of
         the student's vectors and t the batch-normalised teacher's vectors (no scale, no shift). The logarithm keeps the
         gradient from vanishing as the two come near.
-    Paper: Miles & Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024, eq. 7.
+    Paper: Miles & Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024.
     Published: weight 1 beside ce 1 and kd 1 at T = 1; exponent 4 (the authors' code), 1 by default in torchdistill.
     Taps: the embedding before the classifier; maps and tokens are averaged over their positions.
 
@@ -38,11 +38,11 @@ class SRD(RelationLoss):
         for student, teacher in self.feature_pairs(dry_run.student, dry_run.teacher):
             length = to_vectors(teacher).shape[1]
             projector = nn.Linear(to_vectors(student).shape[1], length)
-            projector = nn.Sequential(projector, BatchNorm(length, _BATCH_NORM_EPS, affine=False))
-            self.projectors.append(projector.to(student.device))
-            self.norms.append(BatchNorm(length, _BATCH_NORM_EPS, affine=False).to(student.device))
+            mine, target = (BatchNorm(length, _BATCH_NORM_EPS, affine=False) for _ in range(2))
+            self.projectors.append(nn.Sequential(projector, mine).to(student.device))
+            self.norms.append(target.to(student.device))
 
     def relation(self, pair: int, student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
         difference_BD = self.projectors[pair](student_BD) - self.norms[pair](teacher_BD)
-        # The floor keeps the logarithm, and the slope of powers below 1, finite where both are equal.
-        return 2 * difference_BD.abs().clamp_min(_SMALLEST).pow(self.exponent).sum().log()
+        # The floor keeps the logarithm finite where both are equal; the sum of powers itself may leave float32.
+        return 2 * (self.exponent * difference_BD.abs().clamp_min(_SMALLEST).log()).logsumexp((0, 1))

@@ -4,7 +4,7 @@ METHODS = {
     "distill": ("distill:Distill", "one student, weighted loss terms, with or without a teacher"),
     "mutual": ("mutual:Mutual", "peers that teach each other (Zhang et al., CVPR 2018)"),
     "one": ("one:ONE", "branches of one net, taught by their gated ensemble (Lan et al., NeurIPS 2018)"),
-    "self_distill": ("self_distill:SelfDistill", "the student is taught by its own past: an average, or the last epoch"),
+    "self_distill": ("self_distill:SelfDistill", "the student is taught by its own past: an average or the last epoch"),
     "simkd": ("simkd:SimKD", "the student's features under the teacher's classifier (Chen et al., CVPR 2022)"),
     "data_free": ("data_free:DataFree", "images are synthesised from the teacher: no data needed"),
     "few_sample": ("few_sample:FewSample", "layers aligned by least squares on a few samples (Li et al., CVPR 2020)"),

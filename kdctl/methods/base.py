@@ -40,6 +40,7 @@ class Parts:
 
     student: on the device. teacher: None where there is none. terms: set up. frozen: module paths of the student that
     do not train. compile: whether the student's forward pass is compiled. steps_per_epoch: of the method's own loader.
+    precision: the arithmetic of training, for what a method computes outside of `step`.
     """
 
     student: Model
@@ -50,6 +51,7 @@ class Parts:
     frozen: Sequence[str] = ()
     compile: bool = False
     steps_per_epoch: int = 1
+    precision: str = "fp32"
 
 
 class Method:
@@ -64,6 +66,8 @@ class Method:
     """Whether it is itself what teaches, so that its terms need no teacher of the experiment."""
     parallel: ClassVar[bool] = False
     """Whether several processes may train it together."""
+    one_gradient: ClassVar[bool] = True
+    """Whether the gradient of a step is one, so that its norm can be clipped and its scale undone as a whole."""
 
     student: Model
     terms: list[Term]

@@ -48,14 +48,14 @@ class Distill(Method):
         self._forward = compiled(self.student) if parts.compile else self.student
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
-        counts = {term.name: _count(term.loss, batch) for term in self.terms}
+        counts = {term.name: count_units(term.loss, batch) for term in self.terms}
         if self._ranks.size == 1:
             return counts
         own = torch.stack([torch.as_tensor(count, device=batch.index.device).double() for count in counts.values()])
         total: dict[str, int | Tensor] = dict(zip(counts, self._ranks.total(own), strict=True))
         if any(term.loss.batchwise for term in self.terms):
             whole = _whole_batch(batch, self._ranks)
-            total |= {term.name: _count(term.loss, whole) for term in self.terms if term.loss.batchwise}
+            total |= {term.name: count_units(term.loss, whole) for term in self.terms if term.loss.batchwise}
         return total
 
     def weights(self, epoch: float) -> dict[str, float]:
@@ -98,12 +98,12 @@ class Distill(Method):
         """The term's sum over this process's samples. One that compares samples is computed on all of them by every
         process; its value is shared out among them, its gradient (by a process's own samples) is not."""
         if whole is None or not term.loss.batchwise:
-            return _over_streams(term.loss, *own)
-        value = _over_streams(term.loss, *whole)
+            return over_streams(term.loss, *own)
+        value = over_streams(term.loss, *whole)
         return value - value.detach() * (1 - 1 / self._ranks.size)
 
 
-def _over_streams(loss: Loss, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
+def over_streams(loss: Loss, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
     """A term's sum over a batch, and over its strongly augmented version where there is one."""
     value = loss(student, teacher, batch)
     if batch.strong is None or student.strong is None or loss.sees_streams:
@@ -111,7 +111,7 @@ def _over_streams(loss: Loss, student: Signals, teacher: Signals | None, batch: 
     return value + loss(student.strong, None if teacher is None else teacher.strong, batch.strongly())
 
 
-def _count(loss: Loss, batch: Batch) -> int | Tensor:
+def count_units(loss: Loss, batch: Batch) -> int | Tensor:
     return loss.count(batch) * (1 if batch.strong is None or loss.sees_streams else 2)
 
 

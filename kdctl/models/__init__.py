@@ -56,7 +56,9 @@ MODELS: dict[str, tuple[str, str] | tuple[str, str, dict[str, Any]]] = {
     "shufflenet_v1": ("shufflenet:ShuffleNetV1", "ShuffleNet V1 for 32x32 images, three groups"),
     "shufflenet_v2": ("shufflenet:ShuffleNetV2", "ShuffleNet V2 for 32x32 images"),
     "digits_cnn": ("small:DigitsCNN", "small convolutional net for digits (8x8 or 28x28)"),
+    "lenet5": ("small:LeNet5", "LeNet-5 for digits of 28x28 pixels, of any width, with or without batch norm"),
     "mlp": ("small:MLP", "multilayer perceptron over the flattened image"),
+    "reused_head": ("reused_head:ReusedHead", "the first part of a net under another's classifier (what simkd ships)"),
 }
 
 ALIASES = {

@@ -56,6 +56,13 @@ class ModelRecord:
         return self.num_classes if self.class_order is None else len(self.class_order)
 
     @property
+    def answers(self) -> list[str | None]:
+        """The class that each logit of the model is for, None for one that its net lacks."""
+        if self.class_order is None:
+            return list(self.class_names)
+        return [None if number < 0 else self.class_names[number] for number in self.class_order]
+
+    @property
     def net_shape(self) -> list[int]:
         """(C, H, W) as the net sees images."""
         channels, height, width = self.image_shape

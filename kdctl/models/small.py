@@ -1,10 +1,16 @@
-"""Small nets for small images: a convolutional net for digits and a multilayer perceptron.
+"""Small nets for small images: a convolutional net for digits, LeNet-5 and a multilayer perceptron.
 
 Taps of digits_cnn:
     relu                             the stem, after its ReLU
     layer1, layer2, layer3           stage outputs, after the ReLU
     layer<i>.bn, layer<i>.relu:in    stage outputs before the ReLU (pre-activation)
     pool, flatten                    the embedding, (N, C, 1, 1) and (N, C)
+    fc                               the logits
+Taps of lenet5:
+    layer1, layer2                   the two convolutions, after ReLU and pooling
+    layer<i>.relu:in                 each before its ReLU (pre-activation)
+    flatten                          the maps as a vector
+    layer3, layer4                   the hidden linear layers, after the ReLU; layer4 is the embedding
     fc                               the logits
 Taps of mlp:
     flatten                          the image as a vector
@@ -21,6 +27,7 @@ from math import prod
 from torch import nn
 
 from kdctl.config.types import PositiveInt
+from kdctl.errors import ConfigError, Problem
 from kdctl.models.layers import conv, head, initialise
 
 
@@ -50,6 +57,55 @@ class DigitsCNN(nn.Sequential):
             layer3=stage(2 * width, 2 * width),
         )
         super().__init__(parts | head(2 * width, num_classes))
+        initialise(self)
+
+
+class LeNet5(nn.Sequential):
+    """LeNet-5 with ReLU and max-pooling: two 5x5 convolutions, two hidden linear layers and a classifier.
+
+    width: channels of the first convolution; the others follow (6: 6, 16, 120 and 84; 3: 3, 8, 60 and 42, the half).
+    batch_norm: after each convolution and hidden linear layer, which the original has not.
+    Source: LeCun et al., Gradient-Based Learning Applied to Document Recognition, Proceedings of the IEEE 1998.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: PositiveInt = 6,
+        batch_norm: bool = False,
+        num_classes: int,
+        in_channels: int = 1,
+        image_shape: list[int],
+    ) -> None:
+        sides = [(side // 2 - 4) // 2 for side in image_shape[1:]]
+        if min(sides) < 1:
+            message = f"images of {image_shape[1]}x{image_shape[2]} pixels are too small for LeNet-5"
+            raise ConfigError(Problem(message, key="input_size", hint="12 or more; it was made for 28x28"))
+
+        def convolution(channels: int, out_channels: int, padding: int) -> nn.Sequential:
+            parts: OrderedDict[str, nn.Module] = OrderedDict()
+            parts["conv"] = nn.Conv2d(channels, out_channels, 5, padding=padding, bias=not batch_norm)
+            if batch_norm:
+                parts["bn"] = nn.BatchNorm2d(out_channels)
+            return nn.Sequential(parts | {"relu": nn.ReLU(inplace=True), "pool": nn.MaxPool2d(2)})
+
+        def linear(units: int, out_units: int) -> nn.Sequential:
+            parts: OrderedDict[str, nn.Module] = OrderedDict(linear=nn.Linear(units, out_units, bias=not batch_norm))
+            if batch_norm:
+                parts["bn"] = nn.BatchNorm1d(out_units)
+            return nn.Sequential(parts | {"relu": nn.ReLU(inplace=True)})
+
+        maps = 8 * width // 3
+        super().__init__(
+            OrderedDict(
+                layer1=convolution(in_channels, width, 2),
+                layer2=convolution(width, maps, 0),
+                flatten=nn.Flatten(),
+                layer3=linear(maps * prod(sides), 20 * width),
+                layer4=linear(20 * width, 14 * width),
+                fc=nn.Linear(14 * width, num_classes),
+            )
+        )
         initialise(self)
 
 

@@ -8,7 +8,7 @@ ENSEMBLES = {
     "ca_mkd": ("combine:Confidence", "teachers weighted by how well they know the label (Zhang et al., ICASSP 2022)"),
     "aekd": (
         "adaptive:Adaptive",
-        "weights that follow the direction on which gradients agree (Du et al., NeurIPS 2020)",
+        "weights for the direction on which gradients agree (Du et al., NeurIPS 2020)",
     ),
     "best": ("combine:Best", "each sample is taught by the teacher that knows it best"),
     "class_groups": ("combine:ClassGroups", "each class is taught by the teacher of its group"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class Adaptive(Combination):
     largest: C, the most that one teacher may weigh; 1 lets one teacher have all, 1 / K is the mean.
     """
 
+    batchwise: ClassVar[bool] = True
+
     def __init__(self, *, largest: Fraction = 0.6) -> None:
         self.largest = largest
 
@@ -41,7 +44,7 @@ class Adaptive(Combination):
             gradients = torch.stack([_gradient(value.sum(), seen) for value in values])
             chosen = shortest_mixture((gradients @ gradients.T).cpu().numpy(), self.largest)
             weights_KR = torch.from_numpy(chosen).to(weights_KR)[:, None].expand_as(weights_KR)
-        return sum_weighted(values, weights_KR, batch.size)
+        return sum_weighted(values, weights_KR, batch)
 
 
 def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ K teachers, R rows of logits, N samples, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,11 @@ from kdctl.signals import Batch, Signals
 class Combination:
     """Weighs what each of K teachers says. The weights of a row add up to 1 but for a `variant` that says otherwise."""
 
+    needs_logits: ClassVar[bool] = False
+    """Whether the weights hang on what the teachers say."""
+    batchwise: ClassVar[bool] = False
+    """Whether the weights hang on the batch as a whole, so that micro-batches would change them."""
+
     def weights(self, members: Sequence[Signals], batch: Batch) -> Tensor:
         """(K, R): what each teacher weighs in each row of logits. No gradient flows through it."""
         raise NotImplementedError
@@ -30,18 +35,28 @@ class Combination:
         values: (R,) or (N,) each, or scalars where the term is defined on the batch as a whole: the mean weights of a
         sample's rows, or of all rows, hold there.
         """
-        weights_KR = self.weights(members, batch)
-        return sum_weighted(values, weights_KR, batch.size)
+        return sum_weighted(values, self.weights(members, batch), batch)
 
 
-def sum_weighted(values: Sequence[Tensor], weights_KR: Tensor, num_samples: int) -> Tensor:
+def sum_weighted(values: Sequence[Tensor], weights_KR: Tensor, batch: Batch) -> Tensor:
     """sum over teachers and units of weight x value; weights are averaged where a unit has several rows."""
     stacked = torch.stack(list(values))
     if stacked.ndim == 1:
         return (weights_KR.mean(1) * stacked).sum()
     if stacked.shape != weights_KR.shape:
-        weights_KR = weights_KR.unflatten(1, (num_samples, -1)).mean(2)
+        weights_KR = _by_sample(weights_KR, batch)
     return (weights_KR * stacked).sum()
+
+
+def _by_sample(weights_KR: Tensor, batch: Batch) -> Tensor:
+    """(K, N): the mean weights of each sample's rows; 1 / K where a sample has none that counts."""
+    if batch.keep is None:
+        return weights_KR.unflatten(1, (batch.size, -1)).mean(2)
+    kept_NL = batch.keep.flatten(1)
+    owner_R = torch.nonzero(kept_NL)[:, 0]
+    sums_KN = weights_KR.new_zeros(len(weights_KR), batch.size).index_add_(1, owner_R, weights_KR)
+    rows_N = kept_NL.sum(1)
+    return torch.where(rows_N > 0, sums_KN / rows_N.clamp_min(1), 1 / len(weights_KR))
 
 
 def uniform(members: Sequence[Signals]) -> Tensor:
@@ -106,6 +121,8 @@ class Entropy(Combination):
     variant: `normalized` weights add up to 1; `code` divides by K instead of K - 1, as CA-MKD's repository does.
     """
 
+    needs_logits: ClassVar[bool] = True
+
     def __init__(self, *, variant: Literal["normalized", "code"] = "normalized") -> None:
         self.variant = variant
 
@@ -126,6 +143,8 @@ class Confidence(Combination):
     variant: `normalized` weights add up to 1, as in the paper; `code` divides by K as well, as its repository does.
     """
 
+    needs_logits: ClassVar[bool] = True
+
     def __init__(self, *, variant: Literal["normalized", "code"] = "normalized") -> None:
         self.variant = variant
 
@@ -143,6 +162,8 @@ class Best(Combination):
     Paper: sample-wise teacher selection as in Yuan et al., Reinforced Multi-Teacher Selection, AAAI 2021, by rule.
     """
 
+    needs_logits: ClassVar[bool] = True
+
     def weights(self, members: Sequence[Signals], batch: Batch) -> Tensor:
         losses_KR, labelled_R = cross_entropies(members, batch)
         entropies_KR = torch.stack([_entropy(member.rows()) for member in members])
@@ -158,6 +179,8 @@ class ClassGroups(Combination):
 
     groups: for each teacher, in their order, the numbers of its classes.
     """
+
+    needs_logits: ClassVar[bool] = True  # their number of classes
 
     def __init__(self, *, groups: list[list[NonNegativeInt]]) -> None:
         self.groups = groups

@@ -32,6 +32,7 @@ _WHOLE = {
     "teacher.weights": "the teacher's weights changed",
     "teacher.code": "the code of the teacher's class changed",
     "teacher.class_names": "the teacher's class names changed",
+    "teacher.class_order": "the order of the teacher's classes changed",
     "data": "the data changed (images, labels, or how they are split)",
 }
 """Parts whose values tell a reader nothing."""
@@ -57,7 +58,9 @@ def store_key(
     fingerprint of all splits. augment: the transform, one map an operation. enumerated: whether a turn's number is one
     of all views of a finite set. stored: Contents.to_dict. precision: of the teacher's arithmetic.
     """
-    teacher = {name: value for name, value in record.items() if name != "format"}
+    # A key without an order of classes is what it was before there were any.
+    left_out = {"format"} if record.get("class_order") is not None else {"format", "class_order"}
+    teacher = {name: value for name, value in record.items() if name not in left_out}
     return {
         "format": FORMAT,
         "teacher": teacher | ({"code": code} if code else {}) | {"weights": weights},

@@ -15,8 +15,8 @@ from kdctl.teachers.combine import Combination
 class Several(Loss):
     """The values of a term against each teacher, combined.
 
-    losses: the term, once for each teacher in their order, with the taps of that teacher. Logits are always asked
-    for, since by these the teachers are weighed.
+    losses: the term, once for each teacher in their order, with the taps of that teacher. Logits are asked for where
+    the term looks at them or the teachers are weighed by them.
     """
 
     def __init__(self, losses: Sequence[Loss], combination: Combination) -> None:
@@ -24,13 +24,15 @@ class Several(Loss):
         self.losses = nn.ModuleList(losses)
         self.combination = combination
         first = losses[0]
-        for name in ("needs_targets", "needs_taps", "batchwise", "links"):
+        for name in ("needs_targets", "needs_taps", "links", "sees_streams"):
             setattr(self, name, getattr(first, name))
+        self.needs_logits = first.needs_logits or combination.needs_logits  # type: ignore[misc]
+        self.batchwise = first.batchwise or combination.batchwise  # type: ignore[misc]
         self.taps = tuple(dict.fromkeys(pair for loss in losses for pair in loss.taps))
 
     def setup(self, dry_run: DryRun) -> None:
         assert dry_run.teacher is not None
-        seen = zip(self._each(), dry_run.teacher.members, dry_run.teacher_nets, strict=True)
+        seen = zip(self._each(), _members(dry_run.teacher), dry_run.teacher_nets, strict=True)
         for loss, teacher, net in seen:
             loss.setup(replace(dry_run, teacher=teacher, teacher_nets=[net]))
 
@@ -44,12 +46,20 @@ class Several(Loss):
     def forward(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
         assert teacher is not None
         values = []
-        for loss, member in zip(self._each(), teacher.members, strict=True):
+        for loss, member in zip(self._each(), _members(teacher), strict=True):
             loss.epoch, loss.steps_per_epoch = self.epoch, self.steps_per_epoch
-            whole = self.batchwise or type(loss).values is Loss.values  # a user's own may give sums alone
+            whole = loss.batchwise or type(loss).values is Loss.values  # a user's own may give sums alone
             values.append((loss if whole else loss.values)(student, member, batch))
         members = [replace(member, logits=member.logits.detach()) for member in teacher.members]
-        return self.combination.combine(values, student, members, batch)
+        own = replace(student, features={tap: student.features[tap] for tap, _ in self.taps})
+        return self.combination.combine(values, own, members, batch)
 
     def _each(self) -> list[Loss]:
         return [loss for loss in self.losses if isinstance(loss, Loss)]
+
+
+def _members(teacher: Signals) -> list[Signals]:
+    """What each teacher says, of the strongly augmented version too where there is one."""
+    if teacher.strong is None:
+        return list(teacher.members)
+    return [replace(m, strong=s) for m, s in zip(teacher.members, teacher.strong.members, strict=True)]

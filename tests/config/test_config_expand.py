@@ -273,7 +273,9 @@ def test_the_json_schema_knows_kinds_and_arguments():
     kinds = loss["properties"]["kind"]["anyOf"][0]["enum"]
     assert {"kd", "ce", "at", "supervised"} <= set(kinds)
     rule = next(r["then"] for r in loss["allOf"] if "kd" in r["if"]["properties"]["kind"]["enum"])
-    assert rule["properties"]["temperature"] == {"type": "number", "exclusiveMinimum": 0, "default": 4.0}
+    number, curve = rule["properties"]["temperature"]["anyOf"]
+    assert number == {"type": "number", "exclusiveMinimum": 0} and rule["properties"]["temperature"]["default"] == 4.0
+    assert curve["type"] == "object" and curve["additionalProperties"] == number
     assert {"T", "weight", "taps", "standardize"} <= set(rule["propertyNames"]["enum"])
     sgd = schema["$defs"]["optimizers"]["allOf"][0]["then"]
     assert sgd["required"] == ["lr"] and "params" not in sgd["properties"]

@@ -76,10 +76,11 @@ def build() -> Callable[..., Loss]:
     def make(kind: str, given: Example, **arguments: Any) -> Loss:
         student, teacher, batch = given
         loss: Loss = registry.create("losses", kind, arguments)
-        loss.taps = tuple((tap, tap) for tap in student.features) if loss.needs_taps else ()
+        loss.taps = tuple((tap, tap) for tap in student.features) if loss.needs_taps is not False else ()
         torch.manual_seed(0)
         net = TeacherNet(given)
         loss.setup(DryRun(Classification(), batch, student, teacher, 64, net, [net]))
+        loss.bind(net)
         return loss.to(student.logits.dtype if student.logits.dtype == torch.float64 else torch.float32).eval()
 
     return make

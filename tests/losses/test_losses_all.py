@@ -43,6 +43,9 @@ class TestEveryLoss:
             features = dict(zip(student.features, leaves[: len(student.features)], strict=True))
             return loss(Signals(logits, features=features), teacher, batch)
 
+        places = {"logits": student.logits, **student.features, **dict(loss.named_parameters())}
+        for name in given.constant:
+            places[name].requires_grad_(False)
         trained = [p for p in loss.parameters() if p.requires_grad]
         assert torch.autograd.gradcheck(value, (*_leaves(student), *trained))
 

@@ -23,10 +23,19 @@ from kdctl.signals import IGNORE, Batch, Signals
 from kdctl.tasks.classification import Classification
 
 FOLDER = Path(os.environ.get("KDCTL_GOLDEN") or Path(__file__).parents[3] / "shared" / "golden")
-ARGUMENTS: dict[str, dict[str, Any]] = {"fitnet": {"regressor": "none"}}
-"""Arguments that a case implies: the reference features of fitnet have been through the regressor already."""
-PARAMETERS: dict[str, Callable[[str], str]] = {"vid": lambda name: f"adapters.0.{name}"}
-"""Of losses with weights of their own: where a weight of the file stands in the loss's state."""
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "factor_transfer": {"paraphraser": False},
+    "fitnet": {"regressor": "none"},
+    "ofd": {"connector": "none"},
+    "correlation_congruence": {"embed_dim": None},
+}
+"""Arguments that a case implies: the reference features have been through the adapters already."""
+PARAMETERS: dict[str, Callable[[str], str]] = {
+    "vid": lambda name: f"adapters.0.{name}",
+    "crd": lambda name: "" if name == "contrast.params" else name.removeprefix("contrast."),
+}
+"""Of losses with weights of their own: where a weight of the file stands in the loss's state, "" where it is no weight
+(crd's `params` are its arguments, and normalisers that are not set yet)."""
 
 
 def _cases() -> list[Any]:
@@ -43,6 +52,13 @@ def _cases() -> list[Any]:
     return cases
 
 
+def _updated(path: Path) -> dict[str, Tensor]:
+    """The state that a file gives for after the step."""
+    prefix = "param.after."
+    with np.load(path, allow_pickle=False) as arrays:
+        return {n.removeprefix(prefix): torch.from_numpy(arrays[n]) for n in arrays.files if n.startswith(prefix)}
+
+
 @pytest.mark.parametrize("path", _cases())
 def test_reference_vector(path: Path) -> None:
     case = _Case(path)
@@ -54,6 +70,16 @@ def test_reference_vector(path: Path) -> None:
         assert gradient is not None, f"no gradient reaches {name}"
         scale = float(expected.abs().max())
         torch.testing.assert_close(gradient, expected, rtol=case.rtol, atol=case.rtol * 1e-2 * scale)
+
+
+@pytest.mark.parametrize("path", [c for c in _cases() if c.values[0] is None or _updated(c.values[0])])
+def test_state_after_a_training_step(path: Path) -> None:
+    case = _Case(path)
+    case.loss.train()
+    case.loss(case.student, case.teacher, case.batch)
+    state = case.loss.state_dict()
+    for name, expected in _updated(path).items():
+        torch.testing.assert_close(state[name], expected, rtol=case.rtol, atol=1e-12)
 
 
 class _Case:
@@ -81,12 +107,13 @@ class _Case:
         self.teacher = self._signals("teacher")
         self.batch = self._batch()
         self.loss.taps = tuple(zip(self.student.features, self.teacher.features, strict=True))
-        dry_run = DryRun(Classification(), self.batch, self.student, self.teacher, 64)
+        num_samples = meta["hyper"].get("dataset_size", 64)
+        dry_run = DryRun(Classification(), self.batch, self.student, self.teacher, num_samples)
         self.loss.setup(dry_run)
         self.loss.double().eval()
         if self.parameters:
             place = PARAMETERS.get(kind, str)
-            state = {place(name): value for name, value in self.parameters.items()}
+            state = {place(name): value for name, value in self.parameters.items() if place(name)}
             assert not self.loss.load_state_dict(state, strict=False).unexpected_keys
 
     def _named(self, keep: Callable[[str], bool]) -> list[Tensor]:

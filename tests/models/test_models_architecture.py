@@ -40,7 +40,12 @@ PUBLISHED = {
 OPTION_A = {"resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018, "resnet110": 1_727_962}
 """Parameters with 10 classes and parameter-free shortcuts: 0.27, 0.46, 0.66, 0.85 and 1.7 M in He et al., table 6."""
 
-ARGUMENTS = {"cifar_resnet": {"depth": 14}, "wide_resnet": {"depth": 10, "width": 2}, "mlp": {"hidden": [16, 8]}}
+ARGUMENTS: dict[str, dict[str, object]] = {
+    "cifar_resnet": {"depth": 14},
+    "wide_resnet": {"depth": 10, "width": 2},
+    "mlp": {"hidden": [16, 8]},
+    "reused_head": {"base": {"kind": "digits_cnn", "width": 4}, "width": 8, "channels": 16},
+}
 SLOW_KINDS = {"resnet34", "resnet50", "vgg13", "vgg16", "vgg19", "resnet110", "wrn_40_2", "resnet32x4"}
 QUICK_KINDS = sorted(set(MODELS) - SLOW_KINDS)
 

@@ -85,5 +85,5 @@ class TestWeights:
         assert [WeightSchedule(0.3).at(e) for e in (0, 0.5, 100)] == [0.3, 0.3, 0.3]
 
     def test_an_empty_map_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match="at least one epoch"):
+        with pytest.raises(ConfigError, match="at least one moment"):
             WeightSchedule({})

@@ -1,0 +1,35 @@
+"""Transformed teacher matching: the temperature stands on the teacher's side alone."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from kdctl.config.types import Scheduled
+from kdctl.losses.base import Loss
+from kdctl.losses.kd import kl_divergence
+from kdctl.signals import Batch, Signals
+
+
+class TTM(Loss):
+    """KL divergence to the teacher's powered probabilities: the student, at T = 1, is kept from being too sure.
+
+    Formula: KL(q || p_s) of each row. q_k = p_t,k^g / sum_j p_t,j^g with g = 1 / T, which is softmax(z_t / T); p_t and
+        p_s are softmax(z) at T = 1. No factor T^2.
+    Paper: Zheng & Yang, Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024.
+    Published: CIFAR-100: beside ce 1, T and weight chosen for each pair.
+
+    temperature: T, softens the teacher's distribution; a map {epoch: T} changes it, linearly in between.
+    """
+
+    links: ClassVar[tuple[str, ...]] = ("softmax",)
+    ALIASES: ClassVar[dict[str, str]] = {"T": "temperature"}
+
+    def __init__(self, *, temperature: Scheduled = 4.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def values(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
+        student_RC, teacher_RC = self.logit_pair(student, teacher)
+        return kl_divergence(student_RC, teacher_RC / self.now(self.temperature))
