@@ -29,7 +29,7 @@ def control(experiment: Experiment) -> Experiment:
     stages: list[Any] = []
     for stage in mine:
         losses = _alone(stage.losses) or [LossSpec(kind="supervised")]
-        update = {"teacher": None, "losses": losses, "balance": "none"}
+        update: dict[str, Any] = {"teacher": None, "losses": losses, "balance": "none"}
         update |= {"method": Component(kind="distill"), "ensemble": Component(kind="mean_logits")}
         stages.append(stage.model_copy(update=update))
     return experiment.model_copy(update={"stages": stages, "teacher_cache": None})

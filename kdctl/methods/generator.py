@@ -17,12 +17,15 @@ class Generator(nn.Sequential):
     """Noise (N, latent) -> images (N, C, H, W) in [0, 1], which are what a Model takes.
 
     A linear layer to maps of a quarter of the side, two convolutions after doubling the side, batch normalisation
-    between, a sigmoid at the end. The image before the sigmoid is batch-normalised, so that it starts neither black nor
-    white. width: channels of the last hidden maps; the first ones have twice as many.
+    between, a sigmoid at the end. The image before the sigmoid is batch-normalised to start with about this mean and
+    standard deviation of each channel. width: channels of the last hidden maps; the first ones have twice as many.
     Source: Radford, Metz & Chintala, ICLR 2016, as in Chen et al., Data-Free Learning of Student Networks, ICCV 2019.
     """
 
-    def __init__(self, *, latent: int, width: int, image_shape: Sequence[int]) -> None:
+    def __init__(
+        self, *, latent: int, width: int, image_shape: Sequence[int], mean: Tensor | float = 0.5,
+        std: Tensor | float = 0.25,
+    ) -> None:  # fmt: skip
         channels, height, side = image_shape
         self.latent = latent
         small = (-(-height // 4), -(-side // 4))
@@ -43,7 +46,25 @@ class Generator(nn.Sequential):
             sigmoid=nn.Sigmoid(),
         )
         super().__init__(parts)
-        reset(self)
+        middle = torch.as_tensor(mean).detach().reshape(-1).expand(channels).clamp(0.02, 0.98)
+        self._bias = torch.logit(middle)
+        self._scale = torch.as_tensor(std).detach().reshape(-1) / (middle * (1 - middle))  # by the sigmoid's slope
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Fresh weights: normal with deviation 0.02 around 0, around 1 for the scales of batch normalisation."""
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.weight.normal_(1.0, _STD)
+                module.bias.zero_()
+            elif isinstance(module, nn.Linear | nn.Conv2d):
+                module.weight.normal_(0.0, _STD)
+                if module.bias is not None:
+                    module.bias.zero_()
+        self.bn3.weight.copy_(self._scale)  # type: ignore[union-attr,operator]
+        self.bn3.bias.copy_(self._bias)  # type: ignore[union-attr,operator]
 
     def noise(self, count: int, device: torch.device) -> Tensor:
         """(count, latent) standard normal numbers."""
@@ -59,16 +80,3 @@ class Resize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.interpolate(x, self.size, mode="nearest")
-
-
-@torch.no_grad()
-def reset(generator: nn.Module) -> None:
-    """Fresh weights: normal with deviation 0.02 around 0 (around 1 for the scales of batch normalisation)."""
-    for module in generator.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d):
-            scale = isinstance(module, nn.BatchNorm2d)
-            module.weight.normal_(1.0 if scale else 0.0, _STD)
-            if module.bias is not None:
-                module.bias.zero_()
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()

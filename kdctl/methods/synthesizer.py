@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdctl.device import autocast
-from kdctl.methods.generator import Generator, reset
+from kdctl.methods.generator import Generator
 from kdctl.methods.synthesis import (
     Contrast,
     ImagePool,
@@ -62,8 +62,12 @@ class Synthesizer:
         statistics = bool(recipe.bn or recipe.contrastive)
         self.teacher = Inverted(teacher, statistics=statistics, embedding=bool(recipe.activation))
         self.pool = ImagePool(sizes.pool, image_shape, device)
-        generator = Generator(latent=recipe.latent, width=sizes.width, image_shape=image_shape).to(device)
-        self.generator = generator.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        mean, std = self._scale()
+        generator = Generator(
+            latent=recipe.latent, width=sizes.width, image_shape=image_shape, mean=mean.cpu(), std=std.cpu()
+        )
+        self.generator = generator.to(device).train()
+        self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # One round's copy takes g_steps steps of generator_lr: what it learns from goes as far at once.
         rate = recipe.generator_lr * (recipe.g_steps if recipe.style == "meta" else 1)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), rate, betas=_BETAS)
@@ -75,7 +79,7 @@ class Synthesizer:
         self._views: tuple[Tensor, Tensor] | None = None
         self._contrast: Contrast | None = None
         if recipe.contrastive:
-            channels = sum(norm.num_features for norm in self.teacher.norms)  # type: ignore[misc]
+            channels = sum(norm.num_features for norm in self.teacher.norms)
             contrast = Contrast(channels, recipe.contrastive_temperature, sizes.memory, sizes.negatives)
             self._contrast = contrast.to(device)
             self._contrast_optimizer = torch.optim.Adam(contrast.head.parameters(), recipe.generator_lr)
@@ -130,13 +134,14 @@ class Synthesizer:
     def _invert_by_generator(self) -> None:
         recipe, learns = self.recipe, self.recipe.style == "meta"
         if not learns:
-            reset(self.generator)
+            self.generator.reset()
         generator = copy.deepcopy(self.generator) if learns else self.generator
         latent = self.generator.noise(self.sizes.batch, self.device).requires_grad_()
-        optimizer = torch.optim.Adam(
-            [{"params": list(generator.parameters())}, {"params": [latent], "lr": recipe.latent_lr}],
-            recipe.generator_lr, betas=_BETAS,
-        )  # fmt: skip
+        groups: list[dict[str, Any]] = [
+            {"params": list(generator.parameters())},
+            {"params": [latent], "lr": recipe.latent_lr},
+        ]
+        optimizer = torch.optim.Adam(groups, recipe.generator_lr, betas=_BETAS)
         summed = [torch.zeros_like(p) for p in generator.parameters()]
         targets, best = self._targets(), _Best()
         for _ in range(recipe.g_steps):

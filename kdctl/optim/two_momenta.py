@@ -46,7 +46,7 @@ class TwoMomenta(torch.optim.Optimizer):
         self._aside.clear()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update from both gradients; a parameter without either stays."""
         for group in self.param_groups:
             for parameter in group["params"]:
