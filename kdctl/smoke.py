@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kdctl import build, runs
+from kdctl import build, registry, runs
 from kdctl.config.dump import dump_yaml
 from kdctl.config.schema import DataSpec, Experiment, ModelSpec, TrainStage
 from kdctl.data.base import ArraySplit, Dataset, Split
@@ -63,6 +63,8 @@ def _shortened(stage: TrainStage, notes: list[str]) -> TrainStage:
     changed = stage.data.model_copy(update={"limit": None, "labels_per_class": labels or stage.data.labels_per_class})
     teachers = [_at_hand(t, notes).model_copy(update={"control": True}) for t in stage.teachers]
     update: dict[str, Any] = {"epochs": 1, "data": changed, "student": stage.student and _at_hand(stage.student, notes)}
+    shorter = registry.load(registry.find("methods", stage.method.kind)).smoke  # type: ignore[attr-defined]
+    update["method"] = stage.method.model_copy(update=shorter)
     if teachers:
         update["teacher"] = teachers if isinstance(stage.teacher, list) else teachers[0]
     return stage.model_copy(update=update)

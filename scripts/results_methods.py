@@ -93,23 +93,28 @@ class Bench:
 
     def run(self, job: Job) -> dict[str, Any]:
         """The command's document, with the seconds that it took; raises CalledProcessError where it fails."""
-        overrides = [*self.common(), *job.overrides, f"train.seed={job.first_seed}", f"name={job.name}"]
         seeds = ["--seeds", str(job.seeds)] if job.seeds > 1 else []
-        command = [sys.executable, "-m", "kdctl", "train", job.config, *overrides, *seeds, "--json", "-q"]
-        environment = os.environ | {
-            "KDCTL_CACHE": str(self.work / "cache"),
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-        }
+        overrides = [*self.common(), *job.overrides, f"train.seed={job.first_seed}", f"name={job.name}"]
         began = time.monotonic()
-        with open(self.work / "logs" / f"{job.name}.log", "w") as log:
+        document = self.kdctl(job.name, "train", job.config, *overrides, *seeds)
+        return document | {"wall_seconds": round(time.monotonic() - began, 1)}
+
+    def fill_store(self) -> None:
+        """Asks the teacher once for all that the methods will ask it, so that they need not do it side by side."""
+        teacher = teacher_override(self.args.weights, 56)
+        self.kdctl("store", "cache", "build", str(SMALL / "kd.yaml"), *self.common(), teacher)
+
+    def kdctl(self, name: str, *words: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "kdctl", *words, "--json", "-q"]
+        own = {"KDCTL_CACHE": str(self.work / "cache"), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        environment = os.environ | own | {"OMP_NUM_THREADS": "1"}
+        with open(self.work / "logs" / f"{name}.log", "w") as log:
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=self.work, env=environment
             )
         if done.returncode:
-            (self.work / "logs" / f"{job.name}.error").write_text(done.stdout)
             raise subprocess.CalledProcessError(done.returncode, command, done.stdout)
-        return json.loads(done.stdout) | {"wall_seconds": round(time.monotonic() - began, 1)}
+        return json.loads(done.stdout)
 
     def measure(self, jobs: list[Job]) -> None:
         """Runs the seeds of the jobs that have no result yet; one that fails is told and left out."""
@@ -305,6 +310,7 @@ def main() -> None:
         "teacher": "resnet56 (cifar100_resnet56.pth)", "data": "CIFAR-100, 45,000 training and 5,000 validation images",
     }  # fmt: skip
     teacher = teacher_override(args.weights, 56)
+    bench.fill_store()
     losses = tuned_kd(bench)
     controls = [
         Job("supervised", str(SMALL / "supervised.yaml"), [], args.seeds),

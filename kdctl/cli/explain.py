@@ -145,7 +145,8 @@ def _annotation_text(source: str) -> str:
 
     def spell(match: re.Match[str]) -> str:
         value = getattr(named, match[0], None)
-        return _type_text(value) if get_origin(value) is Annotated else match[0]
+        known = get_origin(value) in (Annotated, Union, types.UnionType)
+        return _type_text(value) if known else match[0]
 
     return re.sub(r"[A-Z]\w+", spell, source)
 
@@ -255,7 +256,11 @@ def _models(annotation: Any) -> Iterator[Any]:
 
 def _type_text(annotation: Any, metadata: Any = ()) -> str:
     """A type as a user would say it: number > 0, one of a, b, a list of ..."""
+    from kdctl.config.types import When
+
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation == When:
+        return "epoch (or `500 steps`)"
     if origin is Annotated:
         return _type_text(arguments[0], [d for m in arguments[1:] for d in getattr(m, "metadata", [m])])
     if origin in (Union, types.UnionType):

@@ -5,6 +5,7 @@ N images, C classes, F features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -160,7 +161,7 @@ def disagreement(student_NC: Tensor, teacher_NC: Tensor, distance: Distance, tem
         return temperature**2 * kl_divergence(student_NC, teacher_NC, temperature)
     log_s = F.log_softmax(student_NC / temperature, 1)
     log_t = F.log_softmax(teacher_NC / temperature, 1)
-    log_m = torch.logaddexp(log_s, log_t) - torch.log(torch.tensor(2.0))
+    log_m = torch.logaddexp(log_s, log_t) - math.log(2)
     return ((log_s.exp() * (log_s - log_m)).sum(1) + (log_t.exp() * (log_t - log_m)).sum(1)) / 2
 
 

@@ -198,7 +198,9 @@ def main() -> None:
     if args.kinds:
         kinds = [kind for kind in kinds if kind in {*args.kinds, "kd"}]
     costs, whole = measure(kinds, args.rounds)
-    rows = [[k, *(f"{c[n]:,}" for n in ("time_vs_kd", "step_overhead_percent", "saved_bytes"))] for k, c in costs.items()]
+    rows = [
+        [k, *(f"{c[n]:,}" for n in ("time_vs_kd", "step_overhead_percent", "saved_bytes"))] for k, c in costs.items()
+    ]
     print_table(["loss", "x kd", "% of a step", "bytes saved"], rows)
     say(f"a step: {1000 * whole:.0f} ms")
     if args.kinds:

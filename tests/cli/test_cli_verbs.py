@@ -16,6 +16,7 @@ data: {kind: digits, batch_size: 64}
 student: {kind: digits_cnn, width: 4}
 train: {epochs: 2}
 """
+SCHEDULED = "number > 0 or a map of epoch (or `500 steps`) to number > 0"
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +158,7 @@ def test_explain_a_loss(document, run):
     found = document("explain", "kd")
     assert (found["group"], found["name"]) == ("losses", "kd")
     temperature = next(a for a in found["arguments"] if a["name"] == "temperature")
-    assert temperature["type"] == "number > 0" and temperature["default"] == 4.0 and "T" in temperature["aliases"]
+    assert temperature["type"] == SCHEDULED and temperature["default"] == 4.0 and "T" in temperature["aliases"]
     text = run("explain", "kd")[1]
     assert "Hinton" in text and "temperature / T" in text
 
@@ -198,11 +199,11 @@ def test_explain_what_is_several_things(run, monkeypatch):
         ("train.precision", "one of auto, fp32, bf16, fp16", "auto"),
         ("distill.alpha", "number >= 0 and <= 1", 0.9),
         ("teacher.train.epochs", "integer > 0 or null", None),
-        ("losses.weight", "number or a map of integer >= 0 to number", 1.0),
-        ("losses.0.weight", "number or a map of integer >= 0 to number", 1.0),
+        ("losses.weight", "number or a map of epoch (or `500 steps`) to number", 1.0),
+        ("losses.0.weight", "number or a map of epoch (or `500 steps`) to number", 1.0),
         ("distill.T", "number > 0", 4.0),
-        ("losses.kd.temperature", "number > 0", 4.0),
-        ("losses.kd.T", "number > 0", 4.0),
+        ("losses.kd.temperature", SCHEDULED, 4.0),
+        ("losses.kd.T", SCHEDULED, 4.0),
         ("optimizer.sgd.nesterov", "bool", None),
     ],
 )

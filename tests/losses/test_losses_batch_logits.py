@@ -43,13 +43,16 @@ class TestDIST:
         assert loss(student, student, batch).item() == pytest.approx(0, abs=1e-5)
         assert loss(Signals(-student.logits), student, batch).item() / 4 == pytest.approx(2 + 2, abs=1e-5)
 
-    def test_a_student_of_equal_logits_gets_no_huge_gradient(self, example: Example, build: Build) -> None:
-        given = example(size=4, classes=10, dtype=torch.float32)
+    @pytest.mark.parametrize(("size", "classes"), [(4, 10), (256, 10), (256, 37)])
+    def test_a_student_of_equal_logits_gets_no_huge_gradient(
+        self, size: int, classes: int, example: Example, build: Build
+    ) -> None:
+        given = example(size=size, classes=classes, dtype=torch.float32)
         given[0].logits.data.zero_()
         loss = build("dist", given)
         value = loss(*given)
         value.backward()
-        assert value.item() == 4 * 2
+        assert value.item() == size * 2
         assert given[0].logits.grad.abs().max() < 10
 
     def test_a_single_sample_has_no_relation_within_classes(self, example: Example, build: Build) -> None:
