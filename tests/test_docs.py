@@ -202,7 +202,7 @@ def test_the_new_loss_is_a_file_a_line_and_a_test(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kdctl", tmp_path / "kdctl", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "tests/losses").mkdir(parents=True)
-    for name in ("conftest.py", "test_losses_all.py"):
+    for name in ("conftest.py", "cases.py", "test_losses_all.py"):
         shutil.copy(ROOT / "tests/losses" / name, tmp_path / "tests/losses")
     steps = {name: body for name, body in files_of("CONTRIBUTING.md").items() if name.endswith(".py")}
     table = steps.pop("kdctl/losses/__init__.py").split("\n", 1)[1]

@@ -22,7 +22,6 @@ from kdctl.tasks.base import Task
 from kdctl.teachers.base import Teacher
 from kdctl.teachers.several import Several
 
-
 _LATE = 1e9
 """An epoch at which every warm-up is over."""
 
@@ -54,18 +53,23 @@ def dry_run(
     """
     trial = copy.deepcopy(student).eval()
     taps = Taps(trial.net, sorted({s for term in terms for s, _ in term.loss.taps}))
-    try:
+
+    def see(batch: Batch) -> Signals:
         with taps.recording() as features:
             outputs = task.forward(trial, batch)
+        return task.signals(outputs, batch, features)
+
+    try:
+        seen = see(batch)
+        if batch.strong is not None:
+            seen = replace(seen, strong=see(batch.strongly()))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         message = f"the model cannot take images of shape {tuple(batch.inputs.shape[1:])}: {error}"
         hint = "student.input_size resizes images to what the model was made for, for example 224"
         raise ConfigError(Problem(message, key="student", hint=hint)) from error
-    seen = task.signals(outputs, batch, features)
     signals = None if teacher is None else teacher(batch)
-    if batch.strong is not None:  # the shapes are the same
-        seen = replace(seen, strong=seen)
-        signals = None if signals is None else replace(signals, strong=signals)
+    if teacher is not None and signals is not None and batch.strong is not None:
+        signals = replace(signals, strong=teacher(batch.strongly()))
     if signals is not None and signals.logits.shape != seen.logits.shape:
         got, own = tuple(signals.logits.shape[1:]), tuple(seen.logits.shape[1:])
         raise ConfigError(Problem(f"the teacher's outputs have shape {got}, the student's {own}", key="teacher"))
@@ -126,8 +130,7 @@ def check_accumulation(terms: Sequence[Term], stage: TrainStage) -> None:
 
 
 def _detached(signals: Signals) -> Signals:
-    features = {tap: value.detach() for tap, value in signals.features.items()}
-    return replace(signals, logits=signals.logits.detach(), features=features)
+    return signals.map(torch.Tensor.detach)
 
 
 def _check_gradient(term: Term, student: Model, seen: Signals, teacher: Signals | None, batch: Batch) -> None:

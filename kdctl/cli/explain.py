@@ -19,8 +19,8 @@ from kdctl.errors import UsageError, did_you_mean
 
 _SECTION_GROUPS = {
     "student": "models", "teacher": "models", "losses": "losses", "method": "methods", "ensemble": "ensembles",
-    "data": "data",    "augment": "augment", "transfer": "data", "task": "tasks", "optimizer": "optimizers", "schedule": "schedules",
-    "compress": "compressors", "export": "exporters",
+    "data": "data", "augment": "augment", "transfer": "data", "task": "tasks", "optimizer": "optimizers",
+    "schedule": "schedules", "compress": "compressors", "export": "exporters",
 }  # fmt: skip
 """Key of a component's section -> the group its kinds come from."""
 
@@ -124,8 +124,8 @@ def _costs_line(costs: Mapping[str, Any]) -> str:
     kept = costs["saved_bytes"]
     amount = f"{kept / 2**20:,.1f} MiB" if kept >= 2**20 else f"{kept / 2**10:,.0f} KiB"
     return (
-        f"{costs['time_vs_kd']:,g} x the time of kd, {costs['step_overhead_percent']:g} % of a training step of ResNet-20; "
-        f"{amount} kept for backward (batch {meta.get('batch', '?')}, one CPU thread)"
+        f"{costs['time_vs_kd']:,g} x the time of kd, {costs['step_overhead_percent']:g} % of a training step of "
+        f"ResNet-20; {amount} kept for backward (batch {meta.get('batch', '?')}, one CPU thread)"
     )
 
 

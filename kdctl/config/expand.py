@@ -208,9 +208,7 @@ class _Expansion:
                 method=method,
                 ensemble=complete(learners("ensemble", file.ensemble, _STAGE.ensemble), "ensembles"),
                 balance=learners("balance", file.balance, _STAGE.balance),
-                losses=[
-                    complete(loss, "losses") for loss in self._losses(stage, bool(done) or teaches(method), here)
-                ],
+                losses=[complete(loss, "losses") for loss in self._losses(stage, bool(done) or teaches(method), here)],
                 optimizer=complete(take("optimizer", file.optimizer, _STAGE.optimizer), "optimizers"),
                 schedule=complete(take("schedule", file.schedule, _STAGE.schedule), "schedules"),
                 start=self._start(stage, student),

@@ -31,9 +31,9 @@ class TrainLoader:
 
     A last batch of a single sample is joined to the one before, because batch statistics of one are none; so is one of
     fewer samples than there are processes, of which each gets its part of every batch.
-    augment: None for clean images. strong: of a second version of each image (Batch.strong), None for none. views: which view an epoch shows (augment.Views). workers: decoding processes; data
-    in memory need none and start none. Raises ConfigError where the augmentations cannot take the images or `all` has
-    no finite set of views.
+    augment: None for clean images. strong: of a second version of each image (Batch.strong), None for none. views:
+    which view an epoch shows (augment.Views). workers: decoding processes; data in memory need none and start none.
+    Raises ConfigError where the augmentations cannot take the images or `all` has no finite set of views.
     """
 
     def __init__(

@@ -59,5 +59,5 @@ def correlation(first: Tensor, second: Tensor) -> Tensor:
     norms = [square.clamp_min(_SMALLEST).sqrt() for square in squares]  # the floor is for the root's gradient
     value = (centred[0] * centred[1]).sum(1) / (norms[0] * norms[1] + _EPS)
     rounding = 8 * torch.finfo(value.dtype).eps
-    constant = [square <= (rounding * rows).square().sum(1) for square, rows in zip(squares, (first, second), strict=True)]
+    constant = [v <= (rounding * rows).square().sum(1) for v, rows in zip(squares, (first, second), strict=True)]
     return value.masked_fill(constant[0] | constant[1], 0)

@@ -193,12 +193,13 @@ class Contrast(nn.Module):
         self.head = nn.Sequential(nn.Linear(features, features), nn.ReLU(inplace=True), nn.Linear(features, 128))
         self.temperature, self.negatives = temperature, negatives
         self.memory: Tensor
+        self.stored: Tensor
         self.register_buffer("memory", torch.zeros(memory, 2, features))
         self.register_buffer("stored", torch.zeros((), dtype=torch.int64))
 
     def forward(self, local_NF: Tensor, global_NF: Tensor) -> Tensor:
         """The loss of the images at hand, plus that of the drawn earlier ones: each a mean."""
-        known = min(int(self.stored), len(self.memory))  # type: ignore[arg-type]
+        known = min(int(self.stored), len(self.memory))
         drawn = torch.randperm(known, device=self.memory.device)[: self.negatives]
         earlier = self.memory[drawn]
         queries = F.normalize(self.head(torch.cat([local_NF, earlier[:, 0]])), dim=1)
@@ -211,9 +212,9 @@ class Contrast(nn.Module):
     @torch.no_grad()
     def remember(self, local_NF: Tensor, global_NF: Tensor) -> None:
         """Keeps features of images; the oldest make room."""
-        places = (torch.arange(len(local_NF), device=self.memory.device) + self.stored) % len(self.memory)  # type: ignore[operator]
+        places = (torch.arange(len(local_NF), device=self.memory.device) + self.stored) % len(self.memory)
         self.memory[places] = torch.stack([local_NF, global_NF], 1)
-        self.stored += len(local_NF)  # type: ignore[operator]
+        self.stored += len(local_NF)
 
 
 # -------------------------------------------------------------------------------------------------------------- images

@@ -64,7 +64,8 @@ class LeNet5(nn.Sequential):
     """LeNet-5 with ReLU and max-pooling: two 5x5 convolutions, two hidden linear layers and a classifier.
 
     width: channels of the first convolution; the others follow (6: 6, 16, 120 and 84; 3: 3, 8, 60 and 42, the half).
-    batch_norm: after each convolution and hidden linear layer, which the original has not.
+    batch_norm: after each convolution and hidden linear layer, which the original has not. The second convolution pads
+    images of fewer than 12 pixels, which would else be gone.
     Source: LeCun et al., Gradient-Based Learning Applied to Document Recognition, Proceedings of the IEEE 1998.
     """
 
@@ -77,10 +78,11 @@ class LeNet5(nn.Sequential):
         in_channels: int = 1,
         image_shape: list[int],
     ) -> None:
-        sides = [(side // 2 - 4) // 2 for side in image_shape[1:]]
+        padding = 0 if min(image_shape[1:]) >= 12 else 2
+        sides = [(side // 2 + 2 * padding - 4) // 2 for side in image_shape[1:]]
         if min(sides) < 1:
             message = f"images of {image_shape[1]}x{image_shape[2]} pixels are too small for LeNet-5"
-            raise ConfigError(Problem(message, key="input_size", hint="12 or more; it was made for 28x28"))
+            raise ConfigError(Problem(message, key="input_size", hint="4 or more; it was made for 28x28"))
 
         def convolution(channels: int, out_channels: int, padding: int) -> nn.Sequential:
             parts: OrderedDict[str, nn.Module] = OrderedDict()
@@ -99,7 +101,7 @@ class LeNet5(nn.Sequential):
         super().__init__(
             OrderedDict(
                 layer1=convolution(in_channels, width, 2),
-                layer2=convolution(width, maps, 0),
+                layer2=convolution(width, maps, padding),
                 flatten=nn.Flatten(),
                 layer3=linear(maps * prod(sides), 20 * width),
                 layer4=linear(20 * width, 14 * width),

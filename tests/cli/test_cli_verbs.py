@@ -9,6 +9,8 @@ import pytest
 
 from kdctl import registry
 from kdctl.cli import app, templates
+from kdctl.config.dump import dump_yaml
+from kdctl.config.expand import load_experiment
 from kdctl.config.schema import ExperimentFile
 
 SMALL = """\
@@ -82,6 +84,31 @@ def test_init_loses_a_race_politely(run, here, monkeypatch):
     assert len(list(here.iterdir())) == 1
 
 
+def test_init_merges_what_a_template_extends(run, here):
+    """A small twin comes as one file: headed by its own comments, and the same experiment."""
+    source = templates.find("methods/small/multi_teacher")
+    assert run("init", "methods/small/multi_teacher", "-o", "deep/er/est/copy.yaml")[0] == 0
+    copy = here / "deep/er/est/copy.yaml"
+    text = copy.read_text()
+    assert text.splitlines()[0] == source.read_text().splitlines()[0] and "extends:" not in text
+    assert "milestones" not in text  # an argument of the schedule that the twin replaced
+    assert "../../../data" in text and "../../../weights/cifar100_resnet20.pth" in text  # paths of both files alike
+
+    def resolved(path, base):
+        shown = dump_yaml(load_experiment(path, require_files=False).experiment)
+        return shown.replace(str(base), "BASE")
+
+    assert resolved(copy, here) == resolved(source, templates.directory().parent)
+
+
+def test_init_says_of_a_broken_template_what_is_wrong(run, here, monkeypatch):
+    (here / "configs").mkdir()
+    (here / "configs/a.yaml").write_text("# What it is.\nextends: nowhere.yaml\n")
+    monkeypatch.setattr(templates, "directory", lambda: here / "configs")
+    code, _, err = run("init", "a")
+    assert code == 4 and "nowhere.yaml" in err and not (here / "a.yaml").exists()
+
+
 def test_init_of_an_unknown_template(run):
     code, _, err = run("init", "quikstart")
     assert code == 2 and "did you mean 'quickstart'?" in err
@@ -121,11 +148,18 @@ def test_list_by_glob_part_and_alias(document):
     def names(pattern):
         return [item["name"] for item in document("list", "losses", pattern)["items"]]
 
-    assert names("attention*") == ["attention_transfer"]
-    assert names("ATTENTION") == ["attention_transfer"]
-    assert names("ce") == ["supervised"]
+    assert names("attention*") == ["attention_transfer", "attention_mse"]
+    assert names("ATTENTION") == ["attention_transfer", "attention_mse"]
+    assert names("hint") == ["fitnet"]  # an alias
     assert names("at?ention_transfer") == ["attention_transfer"]
     assert "attention_transfer" not in names("transfer*")
+
+
+def test_list_ensembles(document, run):
+    items = {item["name"]: item for item in document("list", "ensembles")["items"]}
+    assert {"mean_logits", "mean", "weighted", "ebkd", "ca_mkd", "aekd", "best", "class_groups"} <= set(items)
+    assert "ICASSP 2022" in items["ca_mkd"]["summary"]
+    assert "ca_mkd" in run("list", "ensembles", "ca*")[1] and "ebkd" not in run("list", "ensembles", "ca*")[1]
 
 
 def test_list_without_a_match(run):
@@ -181,6 +215,68 @@ def test_every_component_can_be_explained(document, run, group):
         found = document("explain", f"{group}.{name}")
         assert found["doc"], f"{group}.{name} has no docstring"
         assert run("explain", f"{group}.{name}")[0] == 0
+
+
+def test_explain_an_ensemble(document, run):
+    found = document("explain", "ensembles.ca_mkd")
+    assert (found["group"], found["name"], found["costs"]) == ("ensembles", "ca_mkd", None)
+    assert "w_k = (1 - softmax" in found["doc"]
+    code, _, err = run("explain", "ca_mkd")  # a loss on features is called so too
+    assert code == 2 and "losses.ca_mkd, ensembles.ca_mkd" in err
+    assert document("explain", "aekd")["group"] == "ensembles"
+    assert document("explain", "ensemble")["kinds_from"] == "ensembles"
+
+
+@pytest.mark.parametrize(
+    ("kind", "needs"),
+    [
+        ("kd", "a teacher"),
+        ("supervised", "labels"),
+        ("dkd", "a teacher, labels"),
+        ("crd", "a teacher, taps, the whole batch (no micro-batches)"),
+        ("cwd", "a teacher, taps (may be left out)"),
+        ("uskd", "labels, taps, the whole batch (no micro-batches)"),
+    ],
+)
+def test_explain_says_what_a_loss_needs(run, kind, needs):
+    lines = run("explain", f"losses.{kind}")[1].splitlines()
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("needs")] == [needs]
+
+
+@pytest.mark.parametrize("group", ["losses", "methods"])
+def test_what_is_declared_is_what_the_class_says(document, group):
+    """Read from source, it agrees with the class itself, inherited attributes included."""
+    for name in registry.catalogue(group):
+        declared = document("explain", f"{group}.{name}")["declares"]
+        real = registry.load(registry.find(group, name))
+        if group == "methods":
+            assert declared == {"teacher": not real.provides_teacher, "several_processes": real.parallel}, name
+        else:
+            taps = "optional" if real.needs_taps is None else "required" if real.needs_taps else "none"
+            assert (declared["teacher"], declared["labels"]) == (real.needs_teacher, real.needs_targets), name
+            assert (declared["taps"], declared["whole_batch"]) == (taps, real.batchwise), name
+            assert declared["logits_of"] == list(real.links), name
+
+
+def test_explain_says_what_a_loss_costs(document, run, monkeypatch):
+    measured = document("explain", "crd")["costs"]
+    assert measured["time_vs_kd"] > 100 and measured["saved_bytes"] > 2**30  # its negatives are gathered
+    assert document("explain", "kd")["costs"]["time_vs_kd"] == 1
+    (line,) = [line for line in run("explain", "crd")[1].splitlines() if line.startswith("costs")]
+    assert "x the time of kd" in line and "% of a training step of ResNet-20" in line
+    assert "MiB kept for backward" in line
+    assert document("explain", "mutual")["costs"] is None
+    monkeypatch.setattr("kdctl.cli.explain._costs", dict)  # a loss that is new has not been measured
+    assert document("explain", "crd")["costs"] is None
+    assert not [line for line in run("explain", "crd")[1].splitlines() if line.startswith("costs")]
+
+
+def test_the_costs_are_of_losses_that_there_are():
+    path = Path(templates.__file__).parents[1] / "losses" / "costs.json"
+    found = json.loads(path.read_text())
+    assert set(found["costs"]) <= set(registry.catalogue("losses"))
+    assert {"time_vs_kd", "step_overhead_percent", "saved_bytes"} == set(found["costs"]["kd"])
+    assert {"cpu", "torch", "date"} <= set(found["meta"])
 
 
 def test_explain_what_is_several_things(run, monkeypatch):

@@ -391,7 +391,7 @@ def test_the_generator_of_cmi_starts_anew_each_round() -> None:
     first = made.generator.get_parameter("fc.weight").clone()
     made.round()
     assert (made.generator.get_parameter("fc.weight") - first).abs().mean() > 0.01
-    assert int(made._contrast.stored) == 24 and len(made.pool.images) == 24  # type: ignore[union-attr,arg-type]
+    assert int(made._contrast.stored) == 24 and len(made.pool.images) == 24  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -539,5 +539,6 @@ def test_lenet5_has_the_size_of_the_original() -> None:
     assert size(6, [1, 28, 28]) == conv + 400 * 120 + 120 + 120 * 84 + 84 + 84 * 10 + 10 == 61_706
     assert size(6, [1, 28, 28], batch_norm=True) == 61_706 + 6 + 16 + 120 + 84
     size(3, [3, 32, 32])
+    size(3, [1, 8, 8])
     with pytest.raises(ConfigError, match="too small"):
-        size(6, [1, 8, 8])
+        size(6, [1, 3, 8])

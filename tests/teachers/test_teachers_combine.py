@@ -177,7 +177,8 @@ def test_the_shortest_mixture_is_what_a_solver_finds(num_teachers: int, largest:
     generator = np.random.default_rng(num_teachers)
     bound = max(largest, 1 / num_teachers)
     for trial in range(8):
-        vectors = generator.normal(size=(num_teachers, 3 + 4 * (trial % 2))) * generator.uniform(0.1, 10, (num_teachers, 1))
+        lengths = generator.uniform(0.1, 10, (num_teachers, 1))
+        vectors = lengths * generator.normal(size=(num_teachers, 3 + 4 * (trial % 2)))
         gram = vectors @ vectors.T
         found = shortest_mixture(gram, largest)
         assert found.sum() == pytest.approx(1, abs=1e-12) and found.min() >= 0 and found.max() <= bound + 1e-12
