@@ -83,10 +83,10 @@ class Bench:
     def common(self) -> list[str]:
         args = self.args
         return [
-            "data.kind=npz", f"data.path={args.data.resolve()}", f"data.batch_size={args.batch_size}",
-            f"data.views={args.epochs}", "data.limit=null", f"train.epochs={args.epochs}",
+            *data_overrides(args.data), f"data.batch_size={args.batch_size}",
+            f"data.views={args.epochs}", f"data.limit={args.limit or 'null'}", f"train.epochs={args.epochs}",
             f"train.device={args.device}", "train.threads=1",
-            f"train.precision={args.precision}", "train.compile=false",
+            f"train.precision={args.precision}", f"train.layout={args.layout}", "train.compile=false",
             "optimizer={kind: sgd, lr: 0.1, momentum: 0.9, weight_decay: 5e-4, nesterov: false}",
             "schedule={kind: cosine, warmup_epochs: 1}",
         ]  # fmt: skip
@@ -101,7 +101,7 @@ class Bench:
 
     def fill_store(self) -> None:
         """Asks the teacher once for all that the methods will ask it, so that they need not do it side by side."""
-        teacher = teacher_override(self.args.weights, 56)
+        teacher = teacher_override(self.args)
         self.kdctl("store", "cache", "build", str(SMALL / "kd.yaml"), *self.common(), teacher)
 
     def kdctl(self, name: str, *words: str) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def kd_losses(temperature: float, weight: float) -> str:
 
 def tuned_kd(bench: Bench) -> str:
     """The losses of kd with the temperature and weight that validate best; each point of the grid is a result too."""
-    teacher = teacher_override(bench.args.weights, 56)
+    teacher = teacher_override(bench.args)
     jobs = [
         Job(f"tune-kd-T{t:g}-w{w:g}", str(SMALL / "kd.yaml"), [teacher, kd_losses(t, w)], 1, TUNING_SEED)
         for t, w in GRID
@@ -193,14 +193,31 @@ def tuned_kd(bench: Bench) -> str:
     return next(job.overrides[-1] for job in jobs if job.name == best)
 
 
-def teacher_override(weights: Path, depth: int) -> str:
-    return f"teacher.weights={weights.resolve() / f'cifar100_resnet{depth}.pth'}"
+def data_overrides(data: Path) -> list[str]:
+    """CIFAR-100 from arrays, or CIFAR-10 from the folder of its official files."""
+    place = data.resolve()
+    return [f"data.root={place}", "data.kind=cifar10"] if data.is_dir() else ["data.kind=npz", f"data.path={place}"]
+
+
+def pretrained(weights: Path, data: Path, depth: int) -> str:
+    """The pretrained teacher of this depth, as a file would say it."""
+    if data.is_dir():
+        file = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}[depth]
+        more = "shortcut: pad, mapping: {linear.: fc.}, normalize: imagenet"
+    else:
+        file = f"cifar100_resnet{depth}.pth"
+        more = "normalize: {mean: [0.5070, 0.4865, 0.4409], std: [0.2673, 0.2564, 0.2761]}"
+    return f"{{kind: resnet{depth}, weights: {weights.resolve() / file}, {more}}}"
+
+
+def teacher_override(args: argparse.Namespace) -> str:
+    return f"teacher={pretrained(args.weights, args.data, 56)}"
 
 
 def method_jobs(args: argparse.Namespace) -> list[Job]:
     """Every method that has a small config, with its published settings."""
     names = sorted(path.stem for path in SMALL.glob("*.yaml") if path.stem not in NOT_COMPARED)
-    taught = [teacher_override(args.weights, 56), "teacher_cache={store: logits}"]
+    taught = [teacher_override(args), "teacher_cache={store: logits}"]
     jobs = []
     for name in names:
         overrides = list(taught) if "\nteacher:" in (SMALL.parent / f"{name}.yaml").read_text() else []
@@ -208,26 +225,24 @@ def method_jobs(args: argparse.Namespace) -> list[Job]:
             overrides.append(f"train.epochs={args.epochs - EXTRA_EPOCHS[name]}")
         jobs.append(Job(name, str(SMALL / f"{name}.yaml"), overrides, args.seeds))
     jobs.sort(key=lambda job: job.name in SLOW)
-    return [job for job in jobs if fnmatch.fnmatch(job.name, args.only)]
+    return [job for job in jobs if any(fnmatch.fnmatch(job.name, only) for only in args.only.split(","))]
 
 
 def several_teachers(bench: Bench, losses: str) -> list[Job]:
     """One teacher against three, the third of which is trained here, with each way to combine them."""
     args = bench.args
+    longer = 2 * args.epochs
     third = Job(
-        "teacher-wrn_16_2", str(SMALL / "supervised.yaml"),
-        ["student={kind: wrn_16_2}", f"train.epochs={3 * args.epochs}", f"data.views={3 * args.epochs}"],
+        "teacher-wrn_16_1", str(SMALL / "supervised.yaml"),
+        ["student={kind: wrn_16_1}", f"train.epochs={longer}", f"data.views={longer}", "data.limit=20000"],
     )  # fmt: skip
     bench.measure([third])
     runs = sorted((bench.work / "runs" / third.name).glob("[0-9]*"))
     if third.name not in bench.table.results or not runs:
         return []
-    normalize = "normalize: {mean: [0.5070, 0.4865, 0.4409], std: [0.2673, 0.2564, 0.2761]}"
-    known = [
-        f"{{kind: resnet{d}, weights: {args.weights.resolve()}/cifar100_resnet{d}.pth, {normalize}}}" for d in (56, 20)
-    ]
+    known = [pretrained(args.weights, args.data, depth) for depth in (56, 20)]
     kd = str(SMALL / "kd.yaml")
-    teachers = f"teacher=[{known[0]}, {known[1]}, {{kind: wrn_16_2, weights: {runs[-1]}}}]"
+    teachers = f"teacher=[{known[0]}, {known[1]}, {{kind: wrn_16_1, weights: {runs[-1].resolve()}}}]"
     return [
         Job(f"three-teachers-{kind}", kd, [teachers, f"ensemble={{kind: {kind}}}", losses], args.seeds)
         for kind in ENSEMBLES
@@ -283,18 +298,21 @@ def markdown(table: Table) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="cifar100.npz: x_train, y_train, x_test, y_test")
-    parser.add_argument("--weights", type=Path, help="folder with cifar100_resnet56.pth and cifar100_resnet20.pth")
+    parser.add_argument("--data", type=Path, help="cifar100.npz, or the folder with cifar-10-batches-py")
+    parser.add_argument("--weights", type=Path, help="folder with the weights of ResNet-56 and ResNet-20")
     parser.add_argument("--work", type=Path, default=Path("results_methods"))
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "methods.json")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--limit", type=int, default=0, help="use so many training images only")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--more-seeds", type=int, default=0, help="of the controls and the best methods, at the end")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--only", default="*", help="a pattern of method names")
+    parser.add_argument("--tuned", default="", help="temperature,weight of kd: no search for them")
+    parser.add_argument("--layout", default="auto")
+    parser.add_argument("--only", default="*", help="patterns of method names, with commas between; `ensembles`")
     parser.add_argument("--minutes", type=float, default=0, help="start no command after this long")
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     args = parser.parse_args()
@@ -307,18 +325,20 @@ def main() -> None:
     table.document["settings"] = {
         "epochs": args.epochs, "batch_size": args.batch_size, "device": args.device, "precision": args.precision,
         "student": "resnet8",
-        "teacher": "resnet56 (cifar100_resnet56.pth)", "data": "CIFAR-100, 45,000 training and 5,000 validation images",
+        "teacher": "resnet56", "data": "CIFAR-10" if args.data.is_dir() else "CIFAR-100",
+        "training_images": args.limit or 45000,
     }  # fmt: skip
-    teacher = teacher_override(args.weights, 56)
+    teacher = teacher_override(args)
     bench.fill_store()
-    losses = tuned_kd(bench)
+    losses = kd_losses(*map(float, args.tuned.split(","))) if args.tuned else tuned_kd(bench)
     controls = [
         Job("supervised", str(SMALL / "supervised.yaml"), [], args.seeds),
         Job("kd_tuned", str(SMALL / "kd.yaml"), [teacher, losses], args.seeds),
-        Job("kd", str(SMALL / "kd.yaml"), [teacher], args.seeds),
+        *([] if args.tuned else [Job("kd", str(SMALL / "kd.yaml"), [teacher], args.seeds)]),
     ]
     bench.measure(controls + method_jobs(args))
-    bench.measure(several_teachers(bench, losses))
+    if args.only == "*" or "ensembles" in args.only.split(","):
+        bench.measure(several_teachers(bench, losses))
     if args.more_seeds:
         worth = [row["name"] for row in rows(table) if not row["name"].startswith("three-")][:8]
         jobs = controls + method_jobs(args)

@@ -21,8 +21,8 @@ from kdctl.signals import Batch, Signals
 class FeatureLoss(Loss):
     """A term that compares tapped features pair by pair and sums over pairs and samples.
 
-    A subclass says which adapter a pair needs, and the distance of a pair sample by sample. Gradients reach the student and the
-    adapters, never the teacher.
+    A subclass says which adapter a pair needs, and the distance of a pair sample by sample. Gradients reach the student
+    and the adapters, never the teacher.
     """
 
     needs_taps: ClassVar[bool] = True

@@ -15,6 +15,8 @@ from kdctl.losses.adapters import FeatureLoss, align
 from kdctl.losses.attention_transfer import as_map, same_size
 from kdctl.signals import Batch, Signals
 
+_EPS = 1e-12
+
 
 class FactorTransfer(FeatureLoss):
     """Distance of factors: a paraphraser's summary of the teacher's feature, met by a translator's of the student's.
@@ -23,7 +25,7 @@ class FactorTransfer(FeatureLoss):
         mean over channels of factor^p1, flattened over H x W and scaled to length 1; `paper`: q is the factor,
         flattened over C x H x W and scaled to length 1. Of two factors of different size the larger is averaged down to
         the smaller. The paraphraser (an autoencoder of 3x3 convolutions, whose code is the teacher's factor) learns
-        beside the student: its reconstruction error, the mean over C, H, W of (g(f_t) - f_t)^2, is added with the
+        beside the student: its reconstruction error, |g(f_t) - f_t|^2 / |f_t|^2 of each sample, is added with the
         weight `reconstruction`. The distance itself never trains the paraphraser.
     Paper: Kim, Park & Kwak, Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018.
     Published: CIFAR-100: weight 200 beside ce 1, last stage, k 0.5, paraphraser trained alone for 30 epochs before
@@ -35,8 +37,8 @@ class FactorTransfer(FeatureLoss):
     variant: `repdistiller` compares where factors are active, `paper` the factors themselves.
     paraphraser: false compares the features themselves as factors, and learns nothing.
     k: channels of a factor per channel of the teacher's feature.
-    reconstruction: weight of the paraphraser's error within the term. At a weight of 200, 0.001 makes it learn at a fifth
-        of the student's rate, as RepDistiller's does (0.01); at the whole rate it diverges.
+    reconstruction: weight of the paraphraser's error within the term; 0.005 is 1 at a weight of 200. (RepDistiller
+        takes the absolute error at a rate of 0.01: at the student's 0.1 that diverges.)
     paraphraser_epochs: for so many epochs the paraphraser learns alone, and the student is not compared.
     """
 
@@ -48,7 +50,7 @@ class FactorTransfer(FeatureLoss):
         variant: Literal["repdistiller", "paper"] = "repdistiller",
         paraphraser: bool = True,
         k: Positive = 0.5,
-        reconstruction: Positive = 0.001,
+        reconstruction: Positive = 0.005,
         paraphraser_epochs: NonNegative = 0.0,
     ) -> None:
         super().__init__()
@@ -78,7 +80,8 @@ class FactorTransfer(FeatureLoss):
                 values.append(self.distance(mine, target))
                 continue
             factor = adapter.encoder(target)
-            error = (adapter.decoder(factor).to(target.dtype) - target).square().flatten(1).mean(1)
+            error = (adapter.decoder(factor).to(target.dtype) - target).square().flatten(1).sum(1)
+            error = error / target.square().flatten(1).sum(1).clamp_min(_EPS)
             distance = self.distance(adapter.translator(mine).to(target.dtype), factor.detach().to(target.dtype))
             compared = float(self.epoch >= self.paraphraser_epochs)  # times 0 keeps every parameter in the graph
             values.append(compared * distance + self.reconstruction * error)

@@ -15,8 +15,8 @@ class FitNet(FeatureLoss):
 
     Formula: mean over C, H, W of (r(f_s) - f_t)^2 of each sample, summed over pairs of taps.
     Paper: Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015, eq. 3.
-    Published: CIFAR-100: weight 100 beside ce 1, the second of three stages (RepDistiller). The paper trains on the hint
-        first and on logits then: a stage of its own (configs/methods/fitnet_then_kd.yaml).
+    Published: CIFAR-100: weight 100 beside ce 1, the second of three stages (RepDistiller). The paper trains on the
+        hint first and on logits then: a stage of its own (configs/methods/fitnet_then_kd.yaml).
     Taps: one stage output, after its ReLU.
 
     regressor: `conv` learns r: a convolution to the teacher's shape (1x1, 3x3 with stride, or transposed, by the ratio

@@ -24,7 +24,8 @@ class KD(Loss):
         when the temperature changes.
     Paper: Hinton, Vinyals & Dean, Distilling the Knowledge in a Neural Network, NeurIPS workshop 2014.
     Published: CIFAR-100: T 4, weight 0.9 beside ce 0.1 (RepDistiller, every pair); ImageNet: T 1, 0.5 and 0.5.
-        With standardize (Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024): T 2, weight 9, ce 0.1.
+        With standardize (Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024): T 2, weight 9, ce
+        0.1.
 
     temperature: T, softens both distributions; a map {epoch: T} changes it, linearly in between.
     standardize: first takes each row of logits to mean 0 and standard deviation 1, so that the student need not match

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
-from kdctl.config.types import Scheduled
-from kdctl.losses.base import Loss
 from kdctl.losses.kd import kl_divergence
+from kdctl.losses.ttm import TTM
 from kdctl.signals import Batch, Signals
 
 
-class WTTM(Loss):
+class WTTM(TTM):
     """KL divergence to the teacher's powered probabilities, with more weight where the teacher is in doubt.
 
     Formula: u KL(q || p_s) of each row. u = sum_k p_t,k^g and q_k = p_t,k^g / u with g = 1 / T; p_t and p_s are
@@ -22,13 +19,6 @@ class WTTM(Loss):
 
     temperature: T, softens the teacher's distribution; a map {epoch: T} changes it, linearly in between.
     """
-
-    links: ClassVar[tuple[str, ...]] = ("softmax",)
-    ALIASES: ClassVar[dict[str, str]] = {"T": "temperature"}
-
-    def __init__(self, *, temperature: Scheduled = 4.0) -> None:
-        super().__init__()
-        self.temperature = temperature
 
     def values(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
         student_RC, teacher_RC = self.logit_pair(student, teacher)

@@ -19,7 +19,7 @@ from kdctl.losses.base import Loss
 from kdctl.models.record import Model
 from kdctl.optim.optimizers import build_optimizer
 from kdctl.optim.schedules import WeightSchedule
-from kdctl.signals import Batch
+from kdctl.signals import Batch, Signals
 from kdctl.tasks.base import Task
 from kdctl.teachers.base import Teacher
 
@@ -59,7 +59,8 @@ class Method:
 
     student: the model that is validated and shipped.
     terms: the terms of its loss. trained: every module whose parameters the optimizer moves, by name; all of it goes
-    into checkpoints. clock: where the seconds of its parts are counted.
+    into checkpoints. clock: where the seconds of its parts are counted. frozen: parts of the student that stay in eval
+    mode.
     """
 
     provides_teacher: ClassVar[bool] = False
@@ -75,6 +76,7 @@ class Method:
     terms: list[Term]
     trained: nn.ModuleDict
     clock: Clock
+    frozen: Sequence[nn.Module] = ()
 
     # ------------------------------------------------------------------------------------------------ being built
 
@@ -116,7 +118,7 @@ class Method:
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
         """What the sum of each term runs over in the whole batch, that of all processes."""
-        raise NotImplementedError
+        return {term.name: count_units(term.loss, batch) for term in self.terms}
 
     def step(self, batch: Batch, epoch: float) -> dict[str, Tensor]:
         """The sum of each term over one micro-batch, differentiable; `epoch` is the fractional number of epochs.
@@ -127,7 +129,7 @@ class Method:
 
     def weights(self, epoch: float) -> dict[str, float]:
         """The weight of each term at this moment."""
-        raise NotImplementedError
+        return {term.name: term.weight.at(epoch) for term in self.terms}
 
     def backward(self, losses: Mapping[str, Tensor], run: Callable[[Tensor, bool], None]) -> None:
         """Runs the backward pass of the weighted terms of a micro-batch. run(loss, keep_graph) does one."""
@@ -136,6 +138,8 @@ class Method:
     def train(self) -> None:
         """Puts what trains into train mode; frozen parts keep their mode."""
         self.trained.train()
+        for module in self.frozen:
+            module.eval()
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return (p for p in self.trained.parameters() if p.requires_grad)
@@ -150,3 +154,16 @@ class Method:
     def finalize(self) -> Model:
         """The model to ship, without adapters."""
         return self.student
+
+
+def over_streams(loss: Loss, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
+    """A term's sum over a batch, and over its strongly augmented version where there is one."""
+    value = loss(student, teacher, batch)
+    if batch.strong is None or student.strong is None or loss.sees_streams:
+        return value
+    return value + loss(student.strong, None if teacher is None else teacher.strong, batch.strongly())
+
+
+def count_units(loss: Loss, batch: Batch) -> int | Tensor:
+    """What the sum of `over_streams` runs over."""
+    return loss.count(batch) * (1 if batch.strong is None or loss.sees_streams else 2)

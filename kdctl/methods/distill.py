@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from kdctl import ranks
 from kdctl.clock import Clock
 from kdctl.device import compiled
-from kdctl.losses.base import Loss
-from kdctl.methods.base import Method, Parts, Term
+from kdctl.methods.base import Method, Parts, Term, count_units, over_streams
 from kdctl.ranks import Ranks
 from kdctl.signals import Batch, Signals
 from kdctl.taps import Taps
@@ -40,7 +39,7 @@ class Distill(Method):
         self.clock = Clock()
         self._teacher = parts.teacher
         self._taps = Taps(self.student.net, sorted({s for term in self.terms for s, _ in term.loss.taps}))
-        self._frozen = [self.student.net.get_submodule(path) for path in parts.frozen]
+        self.frozen = [self.student.net.get_submodule(path) for path in parts.frozen]
         for term in self.terms:
             for parameter in term.parameters() if term.loss.batchwise and self._ranks.size > 1 else ():
                 # Every process has the whole gradient of these, and the processes' gradients are summed.
@@ -48,7 +47,7 @@ class Distill(Method):
         self._forward = compiled(self.student) if parts.compile else self.student
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
-        counts = {term.name: count_units(term.loss, batch) for term in self.terms}
+        counts = super().counts(batch)
         if self._ranks.size == 1:
             return counts
         own = torch.stack([torch.as_tensor(count, device=batch.index.device).double() for count in counts.values()])
@@ -57,14 +56,6 @@ class Distill(Method):
             whole = _whole_batch(batch, self._ranks)
             total |= {term.name: count_units(term.loss, whole) for term in self.terms if term.loss.batchwise}
         return total
-
-    def weights(self, epoch: float) -> dict[str, float]:
-        return {term.name: term.weight.at(epoch) for term in self.terms}
-
-    def train(self) -> None:
-        super().train()
-        for module in self._frozen:
-            module.eval()
 
     def step(self, batch: Batch, epoch: float) -> dict[str, Tensor]:
         active = [term for term in self.terms if term.weight.at(epoch) != 0]
@@ -101,18 +92,6 @@ class Distill(Method):
             return over_streams(term.loss, *own)
         value = over_streams(term.loss, *whole)
         return value - value.detach() * (1 - 1 / self._ranks.size)
-
-
-def over_streams(loss: Loss, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
-    """A term's sum over a batch, and over its strongly augmented version where there is one."""
-    value = loss(student, teacher, batch)
-    if batch.strong is None or student.strong is None or loss.sees_streams:
-        return value
-    return value + loss(student.strong, None if teacher is None else teacher.strong, batch.strongly())
-
-
-def count_units(loss: Loss, batch: Batch) -> int | Tensor:
-    return loss.count(batch) * (1 if batch.strong is None or loss.sees_streams else 2)
 
 
 def _whole_batch(batch: Batch, everyone: Ranks) -> Batch:

@@ -14,8 +14,7 @@ from kdctl.clock import Clock
 from kdctl.config.types import PositiveInt
 from kdctl.device import compiled
 from kdctl.errors import ConfigError, Problem
-from kdctl.methods.base import Method, Parts, Term
-from kdctl.methods.distill import count_units, over_streams
+from kdctl.methods.base import Method, Parts, Term, over_streams
 from kdctl.methods.moving import MovingTeacher, moved_beside
 from kdctl.models.record import Model
 from kdctl.signals import Batch, Signals
@@ -84,23 +83,12 @@ class Mutual(Method):
                 "terms": nn.ModuleList(self.terms),
             }
         )
-        self._frozen = [self.student.net.get_submodule(path) for path in parts.frozen]
+        self.frozen = [self.student.net.get_submodule(path) for path in parts.frozen]
 
     def _learner(self, model: Model, terms: list[Term], compile: bool) -> _Learner:
         mine = {s for term in terms for s, _ in term.loss.taps}
         asked = {t for term in terms if term.loss.needs_teacher for _, t in term.loss.taps}
         return _Learner(terms, Taps(model.net, sorted(mine | asked)), compiled(model) if compile else model)
-
-    def counts(self, batch: Batch) -> dict[str, int | Tensor]:
-        return {term.name: count_units(term.loss, batch) for term in self.terms}
-
-    def weights(self, epoch: float) -> dict[str, float]:
-        return {term.name: term.weight.at(epoch) for term in self.terms}
-
-    def train(self) -> None:
-        super().train()
-        for module in self._frozen:
-            module.eval()
 
     def step(self, batch: Batch, epoch: float) -> dict[str, Tensor]:
         seen = [self._see(learner, batch) for learner in self._learners]

@@ -16,9 +16,8 @@ from kdctl.config.types import NonNegative, PositiveInt, Tap
 from kdctl.device import compiled
 from kdctl.errors import ConfigError, Problem
 from kdctl.losses.adapters import to_vectors
-from kdctl.methods.base import Method, Parts, Term
+from kdctl.methods.base import Method, Parts, Term, over_streams
 from kdctl.methods.cut import parts_of
-from kdctl.methods.distill import count_units, over_streams
 from kdctl.methods.moving import MovingTeacher, moved_beside
 from kdctl.models.record import Model, build_model
 from kdctl.signals import Batch, Signals
@@ -90,7 +89,7 @@ class ONE(Method):
                 "terms": nn.ModuleList(self.terms),
             }
         )
-        self._frozen = [self.student.net.get_submodule(path) for path in parts.frozen]
+        self.frozen = [self.student.net.get_submodule(path) for path in parts.frozen]
 
     @torch.no_grad()
     def _width(self) -> int:
@@ -111,9 +110,6 @@ class ONE(Method):
             term.loss.bind(net)
         return copies
 
-    def counts(self, batch: Batch) -> dict[str, int | Tensor]:
-        return {term.name: count_units(term.loss, batch) for term in self.terms}
-
     def weights(self, epoch: float) -> dict[str, float]:
         return {term.name: self._weight(term, epoch) for term in self.terms}
 
@@ -122,11 +118,6 @@ class ONE(Method):
         if not term.loss.needs_teacher or epoch >= self.rampup_epochs:
             return weight
         return weight * math.exp(-5 * (1 - epoch / self.rampup_epochs) ** 2)
-
-    def train(self) -> None:
-        super().train()
-        for module in self._frozen:
-            module.eval()
 
     def step(self, batch: Batch, epoch: float) -> dict[str, Tensor]:
         *seen, ensemble = self._see(batch)

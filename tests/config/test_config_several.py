@@ -62,6 +62,7 @@ def test_expansion_is_a_fixed_point(load: Callable[..., Experiment], text: str) 
     assert load(dump_yaml(once)) == once
     alone = control(once)
     assert load(dump_yaml(alone)) == alone
+    assert {stage.ensemble.kind for stage in alone.train_stages} == {"mean_logits"}
 
 
 def test_what_the_new_keys_come_to(load: Callable[..., Experiment]) -> None:

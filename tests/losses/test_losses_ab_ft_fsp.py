@@ -98,7 +98,7 @@ class TestFactorTransfer:
         parts, (s,), (t,) = loss.adapters[0], *(list(g.features.values()) for g in given[:2])
         with torch.no_grad():
             factor, mine = parts.encoder(t), parts.translator(s)
-            error = (parts.decoder(factor) - t).square().mean((1, 2, 3)).numpy()
+            error = ((parts.decoder(factor) - t).square().sum((1, 2, 3)) / t.square().sum((1, 2, 3))).numpy()
         assert factor.shape == (3, 3, 2, 2) and mine.shape == (3, 3, 4, 4)
         small = mine.numpy().reshape(3, 3, 2, 2, 2, 2).mean((3, 5))
         gap = normalized(small.reshape(3, -1)) - normalized(factor.numpy().reshape(3, -1))
@@ -110,7 +110,8 @@ class TestFactorTransfer:
         loss = build("factor_transfer", given, reconstruction=0.5)
         parts, target = loss.adapters[0], given[1].features["f"]
         own = [*parts.encoder.parameters(), *parts.decoder.parameters()]
-        error = 0.5 * (parts.decoder(parts.encoder(target)) - target).square().flatten(1).mean(1).sum()
+        gap = parts.decoder(parts.encoder(target)) - target
+        error = 0.5 * (gap.square().flatten(1).sum(1) / target.square().flatten(1).sum(1)).sum()
         expected = torch.autograd.grad(error, own)
         found = torch.autograd.grad(loss(*given), [*own, *parts.translator.parameters(), given[0].features["f"]])
         torch.testing.assert_close(found[: len(own)], expected)

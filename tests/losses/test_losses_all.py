@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import case
 from torch import Tensor
 
 import kdctl.losses
 from kdctl import registry
 from kdctl.losses.base import Loss
 from kdctl.signals import Batch, Signals
-
-from cases import case
 
 KINDS = sorted(kdctl.losses.LOSSES)
 

@@ -118,12 +118,14 @@ def test_balance_makes_the_shares_the_weights(load: Callable[..., Experiment], m
     balanced = Step(stage, loaded.student_stage, Clock(), Reporter(), 1)
     batch = next(iter(stage.loader.epoch(0)))
     found: list[dict[str, float]] = []
-    for _ in range(3):
+    for _ in range(7):
         balanced(batch, 0.0)
         found.append(dict(balanced.shares))
     wanted = {"task": 0.3 / 5, "kd": 0.7 / 5, "hint": 4 / 5}
     assert found[0] != pytest.approx(wanted, rel=0.3)  # else there was nothing to balance
-    assert found[1] == found[0] and found[2] == pytest.approx(wanted, rel=1e-3)
+    assert found[1] == found[0]
+    for later in (2, 4, 6):  # the factors in force are known to the measurement
+        assert found[later] == pytest.approx(wanted, rel=1e-3)
     norms = by_hand(stage, batch)
     after = {name: norm * balanced.factors[name] for name, norm in norms.items()}
     assert sum(after.values()) == pytest.approx(sum(norms.values()), rel=1e-3)
