@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+from kdctl.bench import cell as timing
 from kdctl.bench import cost
 from kdctl.bench.latency import Cell, measure
 from kdctl.errors import KdctlError
@@ -130,3 +131,14 @@ def test_costs(tmp_path):
     (tmp_path / "sub" / "a").write_bytes(b"123")
     (tmp_path / "openers.py").write_bytes(b"12345")
     assert cost.file_bytes(tmp_path) == 8 and cost.file_bytes(tmp_path / "openers.py") == 5
+
+
+@pytest.mark.parametrize(("ticks", "expected"), [([0, 0, 7, 7, 8, 8, 3, 5], 2e-6), ([4] * 8, None)])
+def test_a_clock_that_moves_in_ticks_gives_no_time_of_nothing(
+    ticks: list[int], expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.cycle(ticks)
+    monkeypatch.setattr(timing.time, "process_time_ns", lambda: next(calls))
+    found = timing._round(lambda images: images, None, 1e-5)
+    assert found["cpu_ms"] == pytest.approx(expected) if expected else found["cpu_ms"] == min(found["wall_ms"])
+    assert found["cpu_ms"] > 0

@@ -128,7 +128,7 @@ def test_wrong_values(problems, text, key, words, hint):
 KINDS = [
     ("data: {kind: cifar11}\nstudent: {kind: resnet8}", "data.kind", "no data source 'cifar11'", "'cifar10'"),
     ("data: {kind: digits}\nstudent: {kind: resnte20}", "student.kind", "no model 'resnte20'", "'resnet20'"),
-    (BASE + "losses: [{kind: attention}]", "losses.0.kind", "no loss 'attention'", "'attention_transfer'"),
+    (BASE + "losses: [{kind: attention_trans}]", "losses.0.kind", "no loss 'attention_trans'", "'attention_transfer'"),
     (BASE + "optimizer: {kind: adagrad}", "optimizer.kind", "no optimizer 'adagrad'", "'Adagrad'"),
     (BASE + "schedule: {kind: cosin}", "schedule.kind", "no schedule 'cosin'", "'cosine'"),
     (BASE + "task: {kind: clasification}", "task.kind", "no task", "'classification'"),

@@ -63,8 +63,11 @@ def test_what_is_no_moment_is_refused_with_its_line(tmp_path: Path, moment: str,
     with pytest.raises(ConfigError) as caught:
         load_experiment(path)
     (problem,) = caught.value.problems
-    assert problem.line == 8 and "key" in problem.message
-    assert str(problem.key).startswith(f"losses.0.{key}.")
+    assert problem.line == 8
+    if moment in ("0.5", "true"):  # no key of any map
+        assert "a key is text or a whole number" in problem.message
+    else:
+        assert "allowed as a key" in problem.message and str(problem.key).startswith(f"losses.0.{key}.")
 
 
 def test_moments_pass_through_the_file(tmp_path: Path) -> None:
