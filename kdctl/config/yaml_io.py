@@ -42,6 +42,7 @@ _WORDING = {
     "did not find expected ',' or '}'": "a ',' or the closing '}' is missing",
     "could not find expected ':'": "a ':' after a key is missing",
     "found unexpected end of stream": "a quote is not closed",
+    "exceeded maximum nesting depth": "lists or maps lie too many levels deep",
     "control characters are not allowed": "a control character: this is not a text file",
 }
 
