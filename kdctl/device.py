@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -180,5 +181,11 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """The model compiled as training compiles it; it shares the parameters."""
+    """The model compiled as training compiles it; it shares the parameters.
+
+    One forward pass may have several backward passes (shares of the gradient, two momenta): no buffer is given away in
+    the first.
+    """
+    functorch: Any = importlib.import_module("torch._functorch.config")
+    functorch.donated_buffer = False
     return torch.compile(model)  # type: ignore[return-value]

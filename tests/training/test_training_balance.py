@@ -101,6 +101,18 @@ def test_measuring_leaves_no_trace(load: Callable[..., Experiment], monkeypatch:
     assert all(line["gradient_shares"] == {} for line in never.metrics())
 
 
+@pytest.mark.parametrize("method", ["distill", "dot"])
+def test_a_compiled_student_is_measured(
+    load: Callable[..., Experiment], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled, a forward pass gives its buffers away to the first of several backward passes, unless told not to."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compile(module, backend="aot_eager"))
+    terms = "losses=[{kind: ce}, {kind: kd}]"
+    made = run(load(terms, "train.compile=true", "train.epochs=1", f"method={{kind: {method}}}"))
+    assert all(len(line["gradient_shares"]) == 2 for line in made.metrics())
+
+
 def test_one_term_is_not_measured(load: Callable[..., Experiment]) -> None:
     lines = run(load("losses=[{kind: ce}]")).metrics()
     assert [line["gradient_shares"] for line in lines] == [{}] * 3
