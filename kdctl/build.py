@@ -188,7 +188,10 @@ def _build_models(
 
 
 def _check_method(method: Method, stage: TrainStage, settings: RunSettings) -> None:
-    """Refuses what a method does not go with."""
+    """Refuses what a method, or balancing, does not go with."""
+    if stage.balance == "gradient" and sharding.wanted(settings):
+        message = "terms are balanced by their gradients, which are not measured where weights are sharded"
+        raise ConfigError(Problem(message, key="balance", hint="balance: none, or train.sharding: none"))
     if not method.one_gradient and (stage.clip_norm is not None or settings.precision == "fp16"):
         message = f"the method {stage.method.kind} has two gradients, which are neither clipped nor scaled as one"
         raise ConfigError(Problem(message, key="method", hint="leave out train.clip_norm, and train in fp32 or bf16"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdctl import checkpoint, ranks, runs, sharding
+from kdctl import build, checkpoint, ranks, runs, sharding
 from kdctl.build import build_data
 from kdctl.config.expand import load_experiment
 from kdctl.config.schema import RunSettings
@@ -264,3 +264,14 @@ def test_one_process_shards_nothing(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ranks, "current", lambda: Ranks(0, 2))
     assert sharding.wanted(settings) and not sharding.wanted(RunSettings())
     assert runs.read_json(load(folder, "plain_sharded") / "summary.json")["status"] == "done"
+
+
+def test_balancing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are not measured where weights are sharded."""
+    text = "data: {kind: digits, limit: 100}\nstudent: {kind: digits_cnn, width: 4}\nbalance: gradient\n"
+    (tmp_path / "e.yaml").write_text(text)
+    experiment = load_experiment(tmp_path / "e.yaml").experiment
+    monkeypatch.setattr(sharding, "wanted", lambda settings: True)
+    monkeypatch.setattr(sharding, "check", lambda settings: None)
+    with pytest.raises(ConfigError, match="not measured where weights are sharded"):
+        build.build_stage(experiment, experiment.train_stages[-1], build_data(experiment), lambda name: tmp_path / name)
