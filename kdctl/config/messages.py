@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdctl.config.schema import NAME
+from kdctl.config.types import STEPS
 from kdctl.config.yaml_io import KeyPath
 from kdctl.errors import did_you_mean
 
@@ -108,6 +109,8 @@ def _allowed(error: Mapping[str, Any]) -> str:
     if kind in _LENGTHS:
         return _LENGTHS[kind].format(**context)
     if kind == "string_pattern_mismatch":
+        if context["pattern"] == STEPS:
+            return "a number of steps as `500 steps`"
         is_name = NAME in context["pattern"]
         return "a name of letters, digits, `_`, `.` and `-`" if is_name else f"text that matches {context['pattern']}"
     if kind == "value_error":

@@ -17,7 +17,8 @@ def _odd(value: int) -> int:
 
 
 Positive = Annotated[float, Field(gt=0)]
-When = Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^[0-9]+ steps$")]
+STEPS = r"^[0-9]+ steps$"
+When = Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=STEPS)]
 """A moment of training: a number of epochs, or `500 steps`."""
 Scheduled = Annotated[float, Field(gt=0)] | Annotated[dict[When, Annotated[float, Field(gt=0)]], Field(min_length=1)]
 """A number above 0, or {moment: number}, linear between the moments."""

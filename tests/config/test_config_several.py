@@ -146,3 +146,11 @@ def test_the_control_of_a_method_is_plain_training(load: Callable[..., Experimen
     )  # fmt: skip
     assert [(loss.kind, loss.weight) for loss in stage.losses] == [("supervised", 1.0)]
     assert load(dump_yaml(alone)) == alone
+
+
+def test_a_moment_that_is_none_is_refused_in_words(tmp_path: Path) -> None:
+    text = "data: {kind: digits}\nstudent: {kind: digits_cnn}\nlosses: [{kind: ce, weight: {5 epochs: 2}}]\n"
+    (tmp_path / "e.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="allowed as a key: a whole number or a number of steps as `500 steps`") as e:
+        load_experiment(tmp_path / "e.yaml")
+    assert e.value.problems[0].line == 3
