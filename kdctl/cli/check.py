@@ -40,6 +40,7 @@ def plan(experiment: Experiment) -> dict[str, Any]:
             "val_fraction": data.val_fraction,
             "labels_per_class": data.labels_per_class,
             "augment": [a.kind for a in data.augment],
+            "strong_augment": [a.kind for a in data.strong_augment],
             "views": data.views,
         },
         "student": _model(experiment.student),
@@ -71,6 +72,9 @@ def _stage(stage: TrainStage | OutputStage) -> dict[str, Any]:
         "role": stage.role,
         "from": stage.start,
         "epochs": stage.epochs,
+        "method": _component(stage.method),
+        "ensemble": _component(stage.ensemble) if len(stage.teachers) > 1 else None,
+        "balance": stage.balance,
         "losses": [
             {"kind": loss.kind, "name": loss.label, "weight": loss.weight, "arguments": loss.arguments}
             for loss in stage.losses
@@ -94,6 +98,8 @@ def _show(document: dict[str, Any]) -> None:
     data = plan["data"]
     labels = "every label" if data["labels_per_class"] == "all" else f"{data['labels_per_class']} labels a class"
     augment = ", ".join(data["augment"]) or "no augmentation"
+    if data["strong_augment"]:
+        augment += f"; beside it {', '.join(data['strong_augment'])}"
     lines = [
         ("valid", f"{plan['name']} ({plan['task']})"),
         ("data", f"{data['kind']}, batch {data['batch_size']}, {labels}, {augment}"),
@@ -125,6 +131,13 @@ def _stage_text(stage: dict[str, Any]) -> str:
     losses = " + ".join(
         f"{_weight_text(loss['weight'])}{loss['kind']}{_arguments_text(loss['arguments'])}" for loss in stage["losses"]
     )
+    method, ensemble = stage["method"], stage["ensemble"]
+    if method["kind"] != "distill":
+        losses = f"{method['kind']}{_arguments_text(method['arguments'])}: {losses}"
+    if ensemble is not None:
+        losses += f", teachers by {ensemble['kind']}{_arguments_text(ensemble['arguments'])}"
+    if stage["balance"] != "none":
+        losses += ", balanced"
     rate = stage["optimizer"]["arguments"].get("lr")
     optimizer = stage["optimizer"]["kind"] + ("" if rate is None else f" (lr {rate:g})")
     return f"{stage['name']}: {stage['epochs']} epochs, {losses}, {optimizer}, {stage['schedule']['kind']}"

@@ -351,6 +351,15 @@ def test_check_prints_the_plan(run, document, here):
     assert "digits_cnn (width 4)" in text and "2 epochs, supervised" in text and "lr 0.05" in text
 
 
+def test_check_says_how_the_step_is_made(run, here):
+    teachers = "teacher: [{kind: digits_cnn, width: 8, control: true}, {kind: mlp, hidden: [4], control: true}]\n"
+    (here / "a.yaml").write_text(SMALL + teachers + "ensemble: {kind: ebkd}\nmethod: {kind: dot}\nbalance: gradient\n")
+    text = run("check", "a.yaml", "data.strong_augment=[{kind: horizontal_flip}]")[1]
+    assert "no augmentation; beside it horizontal_flip\n" in text
+    assert "dot (difference 0.075): 0.1 x supervised" in text
+    assert "teachers by ebkd (variant normalized), balanced, sgd" in text
+
+
 def test_check_of_a_teacher_without_weights(run, here):
     (here / "a.yaml").write_text(SMALL + "teacher: {kind: digits_cnn, width: 8, train: {epochs: 5}}\n")
     text = run("check", "a.yaml", "losses=[{kind: ce}, {kind: kd, weight: {0: 0, 5: 0.9}}]")[1]
