@@ -130,6 +130,13 @@ class Bench:
         have = len(self.table.results.get(job.name, {}).get("test", []))
         return replace(job, seeds=job.seeds - have, first_seed=job.first_seed + have)
 
+    def _told(self, override: str) -> str:
+        """An override without this machine's folders."""
+        places = {"WEIGHTS": self.args.weights.resolve(), "WORK": self.work}
+        for name, place in places.items():
+            override = override.replace(str(place), name)
+        return override
+
     def _measured(self, job: Job) -> tuple[Job, dict[str, Any] | None]:
         if self.args.until and time.time() > self.args.until:
             return job, None
@@ -138,7 +145,7 @@ class Bench:
         except subprocess.CalledProcessError as error:
             print(f"{job.name}: exit {error.returncode}: {str(error.output)[-600:]}", file=sys.stderr, flush=True)
             return job, None
-        found = describe(document, job)
+        found = describe(document, job) | {"overrides": [self._told(override) for override in job.overrides]}
         print(f"{job.name}: {found['test']}, {found['wall_seconds']} s", file=sys.stderr, flush=True)
         return job, found
 
@@ -165,7 +172,6 @@ def describe(document: dict[str, Any], job: Job) -> dict[str, Any]:
         "epochs": document["epochs"],
         "precision": document["precision"],
         "config": Path(job.config).relative_to(ROOT).as_posix(),
-        "overrides": [override.replace(str(ROOT), ".") for override in job.overrides],
         "wall_seconds": document["wall_seconds"],
     }
 
