@@ -18,15 +18,23 @@ from kdctl.losses.base import DryRun, Loss
 from kdctl.signals import Batch, Signals
 
 
-class FeatureLoss(Loss):
+class TappedLoss(Loss):
+    """A term that looks at tapped features alone, and whose units are samples."""
+
+    needs_taps: ClassVar[bool | None] = True
+    needs_logits: ClassVar[bool] = False
+
+    def count(self, batch: Batch) -> int | Tensor:
+        return batch.size
+
+
+class FeatureLoss(TappedLoss):
     """A term that compares tapped features pair by pair and sums over pairs and samples.
 
-    A subclass says which adapter a pair needs, and the distance of a pair sample by sample. Gradients reach the student
-    and the adapters, never the teacher.
+    A subclass says which adapter a pair needs, and the distance of a pair sample by sample (a scalar, the sum, where it
+    is defined on the batch as a whole); one that compares its pairs jointly overrides `values` instead. Gradients reach
+    the student and the adapters, never the teacher.
     """
-
-    needs_taps: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,9 +50,6 @@ class FeatureLoss(Loss):
                 where = f"taps {student_tap} {tuple(student.shape)} and {teacher_tap} {tuple(teacher.shape)}"
                 problems = (Problem(f"{where}: {p.message}", key="taps", hint=p.hint) for p in error.problems)
                 raise ConfigError(*problems) from None
-
-    def count(self, batch: Batch) -> int | Tensor:
-        return batch.size
 
     def values(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
         distances = []

@@ -84,7 +84,7 @@ class CRD(RelationLoss):
             self.register_buffer(name, _random_rows(size, self.feature_dim).to(device))
         self.register_buffer("log_z", torch.full((2,), -math.inf, device=device))
 
-    def values(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
+    def forward(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
         ((mine, target),) = self.feature_pairs(student, teacher)
         with full_precision(mine):
             v1_BD, v2_BD = self.embed_s(to_vectors(mine)), self.embed_t(to_vectors(target))

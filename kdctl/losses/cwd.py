@@ -32,7 +32,7 @@ class CWD(FeatureLoss):
     only the channels do. The count is of samples, for logits too.
     """
 
-    needs_taps: ClassVar[bool | None] = None  # type: ignore[assignment]
+    needs_taps: ClassVar[bool | None] = None
     needs_logits: ClassVar[bool] = True
     ALIASES: ClassVar[dict[str, str]] = {"T": "temperature", "tau": "temperature"}
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdctl.errors import ConfigError
-from kdctl.losses.adapters import FeatureLoss, to_vectors
+from kdctl.losses.adapters import TappedLoss, to_vectors
 from kdctl.losses.base import DryRun
 from kdctl.signals import Batch, Signals
 
 
-class RelationLoss(FeatureLoss):
+class RelationLoss(TappedLoss):
     """A term on the vectors of all samples of a batch, summed over pairs of taps.
 
     A subclass gives the published value of a pair; the sum of the loss is that times the number of samples. Maps and
@@ -31,7 +31,7 @@ class RelationLoss(FeatureLoss):
                     message = f"a feature must be a map, tokens or vectors, not {feature.ndim}-D"
                     raise ConfigError(message, hint="tap another place")
 
-    def values(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
+    def forward(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
         with full_precision(student.logits):
             pairs = [(self.vectors(s), self.vectors(t)) for s, t in self.feature_pairs(student, teacher)]
             return batch.size * torch.stack([self.relation(i, *pair) for i, pair in enumerate(pairs)]).sum()
