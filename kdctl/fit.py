@@ -99,18 +99,18 @@ def fit(
     """
     clock = Clock(built.device)
     built.method.clock = clock
+    rank = ranks.current().rank
+    seed_everything(seed, stage.name, "train", *([f"rank {rank}"] if rank else []))
+    started = ranks.current().told((run.stage_dir(stage.name) / "checkpoints" / "last.pt").exists())
+    if not started:
+        built.method.start(built.loader)
     state = Progress(metrics_bytes=run.metrics_size(), parts=stage.accumulate)
     step = Step(built, stage, clock, reporter, state.parts)
     ema = EMA(built.method.student.net, stage.ema) if stage.ema else None
     loop = Loop(built, stage, run, budget, eval_batch_size, stop, reporter, clock, step, ema, state)
-    rank = ranks.current().rank
-    seed_everything(seed, stage.name, "train", *([f"rank {rank}"] if rank else []))
-    if ranks.current().told((loop.folder / "last.pt").exists()):
+    if started:
         _restore(loop)
     else:
-        built.method.start(built.loader)
-        if stage.ema:  # of the weights that it starts from
-            loop.ema = EMA(built.method.student.net, stage.ema)
         _save(loop)
 
     while not loop.state.finished:
