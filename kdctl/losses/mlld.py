@@ -30,6 +30,9 @@ class MLLD(Loss):
         multiplies means by the mean of a mask, uses the weak version for the last two temperatures of the strong one,
         and leaves out the relations of the strong one; here the masks mask and the strong version is used throughout.
 
+    The third summand grows with the square of B / C: next to nothing for 100 classes, with 10 it outweighs the others
+    (about three times the KL at B 128). Take smaller batches there.
+
     temperatures: the T that are summed over.
     quantile: which share of the samples and of the classes, the least sure and the rarest, the masks keep; 1 keeps all.
     """
