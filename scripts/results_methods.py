@@ -36,7 +36,7 @@ TUNING_SEED = 100
 GRID = [(temperature, weight) for temperature in (2.0, 4.0, 8.0) for weight in (0.9, 2.0, 9.0)]
 """Temperature and weight of kd beside ce x 0.1, to choose from."""
 RATES = {"mlld": 0.025, "semckd": 0.02}
-"""Learning rates of the methods that the common one does not train: mlld's published one; semckd diverges at its own."""
+"""Rates of the methods that the common one does not train: mlld's published one; semckd diverges at its own."""
 EXTRA_EPOCHS = {"ab": 1, "fitnet_then_kd": 1, "fsp": 1, "progressive": 3}
 """Epochs that the student of a staged method trains before its last stage: taken off that one."""
 SLOW = ("crd", "kdsvd", "mlld", "wkd_logit", "nst", "semckd")
