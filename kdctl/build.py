@@ -162,7 +162,8 @@ def build_stage(
     _check_compile(settings.compile is True, terms)
     compile, steps = settings.compile is True, len(loader)
     precision = str(settings.precision)
-    method.assemble(Parts(student, teacher, terms, task, device, stage.frozen, compile, steps, precision))
+    frozen, epochs = stage.frozen, stage.epochs
+    method.assemble(Parts(student, teacher, terms, task, device, frozen, compile, steps, precision, epochs))
     optimizer = method.make_optimizer(stage.optimizer.kind, stage.optimizer.arguments)
     schedule = registry.create("schedules", stage.schedule.kind, stage.schedule.arguments)
     return Built(task, data, loader, method, optimizer, schedule.factor, teacher, members, device, precision)

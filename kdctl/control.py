@@ -67,7 +67,7 @@ def with_shared_teachers(experiment: Experiment, first: Run) -> tuple[Experiment
 
     The weights are named relative to the new run, which holds a copy: it stays whole when it is moved.
     """
-    made = {s.name for s in experiment.train_stages if s.role != "student"}
+    made = {s.name for s in experiment.train_stages if s.role in ("teacher", "assistant")}
     files: dict[str, Path] = {}
 
     def shared(spec: Any) -> Any:

@@ -52,6 +52,7 @@ class TorchPredictor:
     """A torch model in eval mode, in fp32 unless another precision is named."""
 
     fixed_batch: int | None = None
+    input, output = "images", "logits"
 
     def __init__(self, model: Model, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
         self.model = model.eval()
@@ -61,6 +62,7 @@ class TorchPredictor:
         channels, height, width = model.record.image_shape
         self.image_shape = (channels, height, width)
         self.num_classes = model.record.num_logits
+        self.class_names = model.record.answers
 
     @torch.inference_mode()
     def __call__(self, images: Floats) -> Floats:

@@ -184,7 +184,7 @@ def _end_epoch(loop: Loop) -> None:
             val = validate(built.method.student, built.data.val, built.task, built.device, size, precision)
     state.epoch += 1
     value = val.get(built.task.primary, math.nan)
-    best = value > state.best_value
+    best = value > state.best_value and built.method.ready()
     if best:
         state.best_epoch, state.best_value = state.epoch, value
         with _averaged(loop):
@@ -247,7 +247,8 @@ def _why_finished(loop: Loop) -> str:
     state, stage = loop.state, loop.stage
     if state.epoch >= stage.epochs:
         return "all epochs done"
-    if stage.early_stop is not None and state.epoch - state.best_epoch >= stage.early_stop:
+    waited = stage.early_stop is not None and state.epoch - state.best_epoch >= stage.early_stop
+    if waited and loop.built.method.ready():
         return f"early stop: no better validation since epoch {state.best_epoch}"
     if ranks.current().any(loop.spent()):
         return "time budget spent"

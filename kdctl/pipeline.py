@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdctl import artefacts, build, cache, checkpoint, ranks, runs, sharding
+from kdctl import build, cache, checkpoint, ranks, runs, sharding
+from kdctl.artefacts.make import make
+from kdctl.artefacts.measure import check_gates
+from kdctl.artefacts.yardstick import Yardstick
 from kdctl.bench import cost
 from kdctl.build import Built
 from kdctl.config.dump import plain
-from kdctl.config.schema import Experiment, OutputStage, TrainStage
+from kdctl.config.schema import Experiment, TrainStage
 from kdctl.data.prepare import Data, stratified
 from kdctl.device import apply_settings
 from kdctl.errors import Interrupted, MissingError, Problem
@@ -39,7 +42,7 @@ def run_stages(run: Run, experiment: Experiment, reporter: Reporter, data: Data 
         run.update(status="running")
         try:
             apply_settings(experiment.train)
-            result = _run_stages(run, experiment, _Logged(run, reporter), stop, data or build.build_data(experiment))
+            result = _run_stages(run, experiment, Logged(run, reporter), stop, data or build.build_data(experiment))
         except (Interrupted, KeyboardInterrupt) as stopped:
             run.update(status="interrupted")
             if isinstance(stopped, Interrupted):
@@ -48,11 +51,12 @@ def run_stages(run: Run, experiment: Experiment, reporter: Reporter, data: Data 
         except BaseException:
             run.update(status="failed")
             raise
-        run.update(status="done")
+        # A stage that misses a gate keeps those after it from running.
+        run.update(status="done" if all(s == "done" for s in run.info["stages"].values()) else "failed")
         return result
 
 
-class _Logged(Reporter):
+class Logged(Reporter):
     """Keeps in log.txt what a run tells, whoever else hears it."""
 
     def __init__(self, run: Run, reporter: Reporter) -> None:
@@ -71,35 +75,62 @@ class _Logged(Reporter):
 
 def _run_stages(run: Run, experiment: Experiment, reporter: Reporter, stop: StopSignal, data: Data) -> dict[str, Any]:
     for stage in experiment.train_stages:
-        if run.info["stages"].get(stage.name) != "done":
-            ranks.current().told(
-                {
-                    "run": str(run.path.resolve()),
-                    "created": run.info["created"],
-                    "experiment": plain(experiment),
-                    "stage": stage.name,
-                }
-            )
-            _run_train_stage(run, experiment, stage, data, reporter, stop)
-            stop.check(f"after stage {stage.name}; `kdctl resume {run}` continues")
+        if stage.role != "compressed" and run.info["stages"].get(stage.name) != "done":
+            _train(run, experiment, stage, data, reporter, stop)
     if not (run / "summary.json").exists():
         runs.write_json(run / "summary.json", summarize(run, experiment, data))
-    for output in experiment.output_stages:
-        if run.info["stages"].get(output.name) != "done":
-            reporter.say(f"stage {output.name}")
-            artefacts.make(run, experiment, output, data)
-            run.set_stage(output.name, "done")
-            stop.check(f"after stage {output.name}; `kdctl resume {run}` continues")
-    made = [runs.read_json(run / "artefacts" / output.name / "result.json") for output in experiment.output_stages]
-    return runs.read_json(run / "summary.json") | {"artefacts": made}
+    run_products(run, experiment, reporter, stop, data)
+    made = [run / "artefacts" / stage.name / "result.json" for stage in experiment.products]
+    return runs.read_json(run / "summary.json") | {"artefacts": [runs.read_json(p) for p in made if p.is_file()]}
+
+
+def run_products(
+    run: Run, experiment: Experiment, reporter: Reporter, stop: StopSignal, data: Data
+) -> list[dict[str, Any]]:
+    """Runs the stages that leave an artefact and are not done yet, in order, until one misses a gate."""
+    documents = []
+    with Yardstick(run, experiment, data, reporter.say) as yardstick:
+        for stage in experiment.products:
+            if run.info["stages"].get(stage.name) == "done":
+                continue
+            if isinstance(stage, TrainStage):
+                _train(run, experiment, stage, data, reporter, stop, done=False)
+            else:
+                reporter.say(f"stage {stage.name}")
+            document = make(yardstick, stage)
+            run.set_stage(stage.name, "done")
+            documents.append(document)
+            if check_gates(document) is not None:
+                reporter.say(f"stage {stage.name} misses a gate: no stage after it runs")
+                break
+            stop.check(f"after stage {stage.name}; `kdctl resume {run}` continues")
+    return documents
+
+
+def _train(
+    run: Run, experiment: Experiment, stage: TrainStage, data: Data, reporter: Reporter, stop: StopSignal,
+    done: bool = True,
+) -> None:  # fmt: skip
+    """Runs a training stage, all processes together, and says that it is done unless more of it follows."""
+    if stage.epochs == 0:
+        _keep_untrained(run, experiment, stage, data)
+        return
+    order = {
+        "run": str(run.path.resolve()), "created": run.info["created"], "experiment": plain(experiment),
+        "stage": stage.name,
+    }  # fmt: skip
+    ranks.current().told(order)
+    _run_train_stage(run, experiment, stage, data, reporter, stop, done)
+    stop.check(f"after stage {stage.name}; `kdctl resume {run}` continues")
 
 
 # ----------------------------------------------------------------------------------------------------- a train stage
 
 
 def _run_train_stage(
-    run: Run, experiment: Experiment, stage: TrainStage, data: Data, reporter: Reporter, stop: StopSignal
-) -> None:
+    run: Run, experiment: Experiment, stage: TrainStage, data: Data, reporter: Reporter, stop: StopSignal,
+    done: bool,
+) -> None:  # fmt: skip
     run.set_stage(stage.name, "running")
     built = _built(run, experiment, stage, data)
     _check_teachers(built, stage, experiment)
@@ -110,7 +141,7 @@ def _run_train_stage(
     state = _fit(built, run, experiment, stage, stop, reporter)
     _keep(run, experiment, stage, built, state)
     seconds = run.info.get("seconds", {}) | {stage.name: round(state.seconds, 3)}
-    run.update(seconds=seconds, stages=run.info["stages"] | {stage.name: "done"})
+    run.update(seconds=seconds, stages=run.info["stages"] | {stage.name: "done" if done else "running"})
     reporter.say(_time_spent(stage, state))
     if state.finished != "all epochs done":
         reporter.say(f"stage {stage.name}: {state.finished}")
@@ -157,8 +188,12 @@ def _check_seen(run: Run, created: str) -> None:
 
 
 def _built(run: Run, experiment: Experiment, stage: TrainStage, data: Data) -> Built:
-    start = None if stage.start == "fresh" else run.stage_dir(stage.start) / "model"
-    return build.build_stage(experiment, stage, data, lambda name: run.stage_dir(name) / "model", start)
+    return build.build_stage(experiment, stage, data, lambda name: run.stage_dir(name) / "model", _start_of(run, stage))
+
+
+def _start_of(run: Run, stage: TrainStage) -> Path | None:
+    """The stem of the weights that a stage starts from, None for those that its student has."""
+    return None if stage.start == "fresh" else run.stage_dir(stage.start) / "model"
 
 
 def _fit(
@@ -245,6 +280,20 @@ def _keep(run: Run, experiment: Experiment, stage: TrainStage, built: Built, sta
     )
 
 
+def _keep_untrained(run: Run, experiment: Experiment, stage: TrainStage, data: Data) -> None:
+    """Ships the weights that a stage of no epochs is given, as if it had trained them."""
+    start = _start_of(run, stage)
+    spec = stage.student or experiment.student
+    model = load_model(start) if start else build.build_model(spec, data, "student")
+    folder = run.stage_dir(stage.name)
+    save_model(model, folder / "model")
+    if stage.role == "teacher" or stage == experiment.student_stage:
+        save_model(model, run / stage.role)
+    result = {"kept": "last", "best_epoch": 0, "epochs": 0, "finished": "all epochs done"}
+    runs.write_json(folder / "result.json", result)
+    run.set_stage(stage.name, "done")
+
+
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
@@ -310,13 +359,3 @@ def _teacher_summary(
 def _median(values: Sequence[float]) -> float:
     ordered = sorted(values)
     return ordered[len(ordered) // 2] if ordered else 0.0
-
-
-# -------------------------------------------------------------------------------------------------- stages afterwards
-
-
-def compress(run: Run, experiment: Experiment, stage: OutputStage) -> dict[str, Any]:
-    """Runs one more output stage on a finished run."""
-    with run.locked():
-        apply_settings(experiment.train)
-        return artefacts.make(run, experiment, stage, build.build_data(experiment))

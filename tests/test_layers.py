@@ -42,7 +42,7 @@ ORDER = [
     ["compress"],
     ["artefacts"],
     ["pipeline"],
-    ["control"],
+    ["extension", "control"],
     ["experiment", "smoke"],
     ["search"],
     ["cli"],

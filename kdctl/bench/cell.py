@@ -37,9 +37,6 @@ def _serve(replies: TextIO) -> None:
     cell = json.loads(sys.stdin.readline())
     module, _, name = cell["opener"].partition(":")
     predictor = getattr(importlib.import_module(module), name)(**cell["arguments"], threads=cell["threads"])
-    fixed = getattr(predictor, "fixed_batch", None)
-    if fixed not in (None, cell["batch"]):
-        raise ValueError(f"it takes batches of {fixed} only, not of {cell['batch']}")
     generator = np.random.default_rng(0)
     images = generator.random((cell["batch"], *predictor.image_shape), dtype=np.float32)
     for _ in range(WARM_UP_CALLS):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,8 @@ class Cell:
     """One thing to time.
 
     what: its name in the table. opener: "package.module:function", called with `arguments` (JSON values) and `threads`;
-    it returns a predictor. batch: images a call. threads: how many it computes with.
+    it returns a predictor. batch: images a call. threads: how many it computes with. python: the interpreter that runs
+    it, which has kdctl and the runtime; None for this one.
     """
 
     what: str
@@ -40,6 +42,7 @@ class Cell:
     arguments: dict[str, Any] = field(default_factory=dict)
     batch: int = 1
     threads: int = 1
+    python: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,15 @@ def measure(cells: Sequence[Cell], *, seconds: float = 1.5, progress: Callable[[
     return [rows[number] for number in range(len(cells))]
 
 
+def processor() -> str:
+    """The name of the processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def _interleave(cells: list[Cell], seconds: float) -> list[Row]:
     workers: list[_Worker] = []
     try:
@@ -109,10 +121,14 @@ class _Worker:
         threads = str(cell.threads)
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
         self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "kdctl.bench.cell"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment, text=True,
-        )  # fmt: skip
+        command = [cell.python or sys.executable, "-m", "kdctl.bench.cell"]
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment, text=True
+            )
+        except OSError as error:
+            self.errors.close()
+            raise KdctlError(f"{cell.what} cannot be timed: {command[0]}: {error.strerror}") from None
         self._send({"opener": cell.opener, "arguments": cell.arguments, "batch": cell.batch, "threads": cell.threads})
 
     def open(self) -> None:

@@ -38,7 +38,9 @@ COMMANDS = {
     "resume": ("kdctl.cli.resume:resume", "Continue an unfinished run."),
     "eval": ("kdctl.cli.eval:eval_", "Measure student and teacher on the same samples."),
     "cache": ("kdctl.cli.cache:cache", "Build, show, verify or clear the store of teacher outputs."),
-    "compress": ("kdctl.cli.compress:compress", "Quantize a run's student, re-load it and measure it again."),
+    "compress": ("kdctl.cli.compress:compress", "Prune, factorise, fine-tune, quantize a run's student."),
+    "export": ("kdctl.cli.export:export", "Files for other runtimes, each run and compared in its own."),
+    "bench": ("kdctl.cli.bench:bench", "Latency, throughput and memory of runs and artefacts."),
     "doctor": ("kdctl.cli.doctor:doctor", "The environment: what is missing or mismatched, and how to mend it."),
 }
 

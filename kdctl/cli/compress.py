@@ -1,4 +1,4 @@
-"""`kdctl compress`: quantises a run's student, re-loads it from disk, measures it again and says what it gained."""
+"""`kdctl compress`: makes a run's student smaller and faster in stages, re-loads what they made, and measures it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,29 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from kdctl import runs
-from kdctl.cli import console
+from kdctl.cli import console, products
 from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
-from kdctl.errors import MissingError, UsageError
+from kdctl.errors import Interrupted, KdctlError, MissingError, UsageError
+
+Share = Annotated[float | None, Option(min=0, max=1)]
 
 
 def compress(
     options: ExperimentOptions,
     run: Annotated[str, Argument(help="a run directory, or latest")] = "latest",
-    quantize: Annotated[str | None, Option("--quantize", help="int8")] = None,
+    quantize: Annotated[str | None, Option("--quantize", help="int8, int4, fp16 or bf16")] = None,
+    prune: Annotated[
+        float | None, Option("--prune", min=0, max=1, help="share of the multiply-accumulates to remove")
+    ] = None,
+    low_rank: Annotated[
+        float | None, Option("--low-rank", min=0, max=1, help="share of the layers' parameters that stays")
+    ] = None,
+    finetune: Annotated[
+        int | None, Option("--finetune", min=1, help="epochs of training with the teacher, before --quantize")
+    ] = None,
+    latency_target: Annotated[
+        float | None, Option("--latency-target", min=0, help="prune to this many ms an image in ONNX Runtime, measured")
+    ] = None,
     recipe: Annotated[str | None, Option("--recipe", help="a YAML file with a `compress:` list of stages")] = None,
     max_drop: Annotated[float | None, Option("--max-drop", min=0, help="gate: most points that may be lost")] = None,
     min_speedup: Annotated[
@@ -22,50 +36,55 @@ def compress(
     ] = None,
 ) -> Reply:
     """Make a run's student smaller and faster, and prove what it costs."""
+    from kdctl.config import recipe as recipes
+
+    stages: list[dict[str, Any]] = []
+    if prune is not None and latency_target is not None:
+        raise UsageError("--prune and --latency-target are two budgets of one stage", hint="name one of them")
+    if prune is not None:
+        stages.append({"kind": "prune", "ratio": float(prune)})
+    if latency_target is not None:
+        stages.append({"kind": "prune", "latency_ms": float(latency_target)})
+    if low_rank is not None:
+        stages.append({"kind": "low_rank", "keep_ratio": float(low_rank)})
+    if finetune is not None:
+        stages.append({"kind": "finetune", "epochs": finetune})
+    if quantize is not None:
+        stages.append({"kind": "quantize", "dtype": quantize})
+    if bool(stages) == (recipe is not None):
+        what = "--recipe or stages (--quantize, --prune, --low-rank, --finetune, --latency-target), not both"
+        raise UsageError(f"name {what}" if stages else f"name {what.removesuffix(', not both')}",
+                         hint="kdctl compress --quantize int8")  # fmt: skip
+    wanted = recipes.recipe_of_options(stages) if recipe is None else recipes.read_recipe(Path(recipe))
+    gates = {name: v for name, v in (("max_drop", max_drop), ("min_speedup", min_speedup)) if v is not None}
+    last = wanted.data["compress"][-1]
+    if isinstance(last, dict):  # anything else is refused with the rest of the recipe
+        last.update(gates)
+    return extend(options, finished(run), wanted)
+
+
+def finished(run: str) -> runs.Run:
+    """The run that is meant, with its student. Raises MissingError."""
     found = runs.find(run)
     if not (found / "student.safetensors").is_file():
         raise MissingError(f"{found} has no finished student yet", hint=f"`kdctl resume {found}` continues it")
-    if (quantize is None) == (recipe is None):
-        raise UsageError("name one of --quantize and --recipe", hint="kdctl compress --quantize int8")
-    from kdctl.config import recipe as recipes
+    return found
 
-    gates = {name: v for name, v in (("max_drop", max_drop), ("min_speedup", min_speedup)) if v is not None}
-    if recipe is not None:
-        wanted = recipes.read_recipe(Path(recipe))
-        last = wanted.data["compress"][-1]
-        if isinstance(last, dict):  # anything else is refused with the rest of the recipe
-            last.update(gates)
-    else:
-        wanted = recipes.stage_of_options(kind="quantize", dtype=quantize, **gates)
-    experiment, stages = recipes.with_stages(found.config, options.overrides, wanted)
+
+def extend(options: ExperimentOptions, run: runs.Run, recipe: Any) -> Reply:
+    """Runs a recipe's stages on a run; the last one's document, with those of all, and the error of a missed gate."""
+    from kdctl.config.recipe import with_stages
+
+    more = with_stages(run.config, options.overrides, recipe)
     console.say("loading torch ...")
-    from kdctl import artefacts, pipeline
+    from kdctl import extension
+    from kdctl.artefacts.measure import check_gates
+    from kdctl.cli.progress import TextReporter
 
-    documents = [pipeline.compress(found, experiment, stage) for stage in stages]
-    missed = [error for error in map(artefacts.check_gates, documents) if error is not None]
-    document = documents[-1] if len(documents) == 1 else documents[-1] | {"stages": documents}
-    return Reply(document, show, missed[0] if missed else None)
-
-
-def show(document: dict[str, Any]) -> None:
-    """fp32 in PyTorch, fp32 in the same runtime, and the artefact, side by side; then gates and reasons."""
-    columns = [document[name] for name in ("before", "same_runtime", "after")]
-    metric = next(iter(columns[0]["metrics"]))
-    rows = [
-        ["bytes", *(f"{c['bytes']:,}" for c in columns)],
-        [f"{metric} on {document['split']}", *(f"{c['metrics'][metric]:.2f}" for c in columns)],
-        ["latency, batch 1 (ms)", *(f"{c['latency_ms']['1']:.3f}" for c in columns)],
-        ["latency, batch 32 (ms)", *(f"{c['latency_ms']['32']:.3f}" for c in columns)],
-    ]
-    console.print_table(["", "fp32, PyTorch", f"fp32, {document['runtime'].split()[0]}", document["variant"]], rows)
-    same, after = document["same_runtime"], document["after"]
-    smaller = document["before"]["bytes"] / after["bytes"]
-    faster = same["cpu_ms"]["1"] / after["cpu_ms"]["1"]
-    console.out(f"{smaller:.2f}x smaller than fp32, {faster:.2f}x as fast as fp32 in the same runtime at batch 1")
-    console.out(f"agreement with the fp32 student {document['agreement']:.2f} %; {document['threads']} thread(s)")
-    for gate in document["gates"]:
-        verdict = "passed" if gate["passed"] else "missed"
-        console.out(f"gate {gate['name']}: {gate['value']:.3f}, limit {gate['limit']:g}: {verdict}")
-    for note in document["notes"]:
-        console.out(f"note: {note}")
-    console.out(f"artefact {document['artefact']}")
+    try:
+        documents = extension.extend(run, more, TextReporter(options.quiet))
+    except Interrupted as stopped:
+        return Reply({"run": stopped.run, "status": "interrupted"}, lambda _: None, stopped)
+    missed: list[KdctlError] = [error for error in map(check_gates, documents) if error is not None]
+    document = documents[-1] | {"stages": documents}
+    return Reply(document, lambda shown: products.show(shown["stages"]), missed[0] if missed else None)

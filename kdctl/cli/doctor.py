@@ -1,6 +1,7 @@
 """`kdctl doctor`: the environment, what is missing or mismatched in it, and how to mend it.
 
-What could crash, hang or cost seconds (torch, torchvision, ONNX Runtime) is tried in processes of its own.
+What could crash, hang or cost seconds (torch, torchvision, the runtimes of exported files) is tried in processes of its
+own, a few at a time.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from kdctl import registry
 from kdctl.cli import console
 from kdctl.cli.verb import Options, Reply
 from kdctl.errors import MissingError
@@ -49,39 +53,55 @@ assert session.run(None, {"x": np.array([-1, 2], np.float32)})[0].tolist() == [0
 print("runs a model on", ", ".join(p.removesuffix("ExecutionProvider") for p in ort.get_available_providers()))
 """
 
+_TRY_TARGET = "from kdctl.export.one_layer import main; main({!r})"
+_LIBRARIES = {
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "executorch": "executorch",
+    "litert": "ai-edge-litert",
+    "torchscript": "torch",
+    "pt2": "torch",
+}
+"""The distribution that runs a target's files; a plug-in's target is tried without knowing it."""
+_NEEDED = ("onnx", "torchscript", "pt2")
+"""Targets whose libraries kdctl stands on."""
+_AT_A_TIME = 3
 _TIMEOUT_S = 120
 _CPU_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm")
 _ROOM_BYTES = 2 * 2**30
 
 Check = dict[str, Any]
+Outcome = tuple[bool, str]
+"""Whether an attempt worked, and the last line that it printed."""
 
 
 def doctor(options: Options) -> Reply:
     """The environment: versions that must fit each other, what really runs, processor, memory, disk.
 
-    Exit code 4 when something that kdctl needs is missing or broken.
+    Every installed runtime of exported files converts and runs a model of one layer. Exit code 4 when something that
+    kdctl needs is missing, or anything is broken.
     """
-    attempts = {
-        name: _start(code)
-        for name, code in (
-            ("torch", _TRY_TORCH), ("torchvision", _TRY_TORCHVISION), ("onnxruntime", _TRY_ONNXRUNTIME),
-        )
-        if _version(name)
-    }  # fmt: skip
-    checks = [
-        _python(),
-        _torch(attempts.get("torch")),
-        _torchvision(attempts.get("torchvision")),
-        _onnxruntime(attempts.get("onnxruntime")),
-        *(_library(name) for name in ("numpy", "onnx", "safetensors", "pydantic")),
-        _optional("timm", "timm"),
-        _processor(),
-        _cores(),
-        _memory(),
-        _disk(),
-        _write_access(),
-    ]
-    failed = [check["name"] for check in checks if check["status"] == "fail"]
+    programs = {"torch": _TRY_TORCH, "torchvision": _TRY_TORCHVISION, "onnxruntime": _TRY_ONNXRUNTIME}
+    programs = {name: code for name, code in programs.items() if _version(name)}
+    targets = registry.catalogue("exporters")
+    programs |= {f"export {target}": _TRY_TARGET.format(target) for target in targets if _installed(target)}
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        attempts = {name: pool.submit(_attempt, code) for name, code in programs.items()}
+        checks = [
+            _python(),
+            _torch(_result(attempts, "torch")),
+            _torchvision(_result(attempts, "torchvision")),
+            _onnxruntime(_result(attempts, "onnxruntime")),
+            *(_library(name) for name in ("numpy", "onnx", "safetensors", "pydantic")),
+            _optional("timm", "timm"),
+            *(_target(target, _result(attempts, f"export {target}")) for target in targets),
+            _processor(),
+            _cores(),
+            _memory(),
+            _disk(),
+            _write_access(),
+        ]
+    failed = [check["name"] for check in checks if check["status"] in ("fail", "broken")]
     error = MissingError(f"failed: {', '.join(failed)}", hint="the fix stands beside each check") if failed else None
     return Reply({"checks": checks}, _show, error)
 
@@ -95,7 +115,7 @@ def _show(document: dict[str, Any]) -> None:
 
 
 def _check(name: str, status: str, detail: str, fix: str | None = None) -> Check:
-    """status: ok, warn (works, could be better), fail (kdctl needs it), absent (optional)."""
+    """status: ok, warn (works, could be better), fail (kdctl needs it), absent and broken (optional)."""
     return {"name": name, "status": status, "detail": detail, "fix": fix}
 
 
@@ -115,7 +135,16 @@ def _start(code: str) -> subprocess.Popen[str]:
     )
 
 
-def _finish(attempt: subprocess.Popen[str]) -> tuple[bool, str]:
+def _attempt(code: str) -> Outcome:
+    return _finish(_start(code))
+
+
+def _result(attempts: Mapping[str, Future[Outcome]], name: str) -> Outcome | None:
+    """What came of an attempt; None where there was none."""
+    return attempts[name].result() if name in attempts else None
+
+
+def _finish(attempt: subprocess.Popen[str]) -> Outcome:
     """Whether the attempt worked, and the last line that it printed."""
     try:
         output, errors = attempt.communicate(timeout=_TIMEOUT_S)
@@ -126,6 +155,8 @@ def _finish(attempt: subprocess.Popen[str]) -> tuple[bool, str]:
     if attempt.returncode == 0:
         return True, output.strip().rpartition("\n")[2]
     last = errors.strip().rpartition("\n")[2]
+    if attempt.returncode < 0:
+        last = f"the process was ended by signal {-attempt.returncode}" + (f": {last}" if last else "")
     return False, last or f"the process ended with code {attempt.returncode}"
 
 
@@ -150,10 +181,10 @@ def _optional(name: str, extra: str) -> Check:
     return _check(name, "ok", version)
 
 
-def _torch(attempt: subprocess.Popen[str] | None) -> Check:
+def _torch(attempt: Outcome | None) -> Check:
     if attempt is None:
         return _check("torch", "fail", "not installed", "pip install torch -c constraints-cpu.txt, or a CUDA build")
-    works, answer = _finish(attempt)
+    works, answer = attempt
     detail = f"{_version('torch')} ({_torch_build()}), {answer}"
     if not works:
         return _check("torch", "fail", detail, "install torch again; its own message stands above")
@@ -175,11 +206,11 @@ def _torch_build() -> str:
     return "CPU build"
 
 
-def _torchvision(attempt: subprocess.Popen[str] | None) -> Check:
+def _torchvision(attempt: Outcome | None) -> Check:
     version = _version("torchvision")
     if attempt is None:
         return _check("torchvision", "fail", "not installed", "pip install torchvision -c constraints-cpu.txt")
-    works, answer = _finish(attempt)
+    works, answer = attempt
     wanted, torch = _pinned_torch(), _version("torch")
     if wanted and torch and torch.split("+")[0] != wanted:
         fix = f"pip install 'torch=={wanted}', or the torchvision that was made for torch {torch}"
@@ -202,12 +233,38 @@ def _pinned_torch() -> str | None:
     return None
 
 
-def _onnxruntime(attempt: subprocess.Popen[str] | None) -> Check:
+def _onnxruntime(attempt: Outcome | None) -> Check:
     if attempt is None:
         return _check("onnxruntime", "fail", "not installed", "pip install onnxruntime")
-    works, answer = _finish(attempt)
+    works, answer = attempt
     fix = None if works else "pip install --force-reinstall onnx onnxruntime"
     return _check("onnxruntime", "ok" if works else "fail", f"{_version('onnxruntime')}, {answer}", fix)
+
+
+def _installed(target: str) -> bool:
+    """Whether a target's library is there, or in an environment that a variable names."""
+    library = _LIBRARIES.get(target)
+    return library is None or _version(library) is not None or _elsewhere(target) in os.environ
+
+
+def _elsewhere(target: str) -> str:
+    """The variable that names another Python for a target (kdctl.export.elsewhere)."""
+    return f"KDCTL_{target.upper()}_PYTHON"
+
+
+def _target(target: str, attempt: Outcome | None) -> Check:
+    name, library = f"export {target}", _LIBRARIES.get(target)
+    again = f"pip install --force-reinstall {library}" if library else "install its plug-in again"
+    if attempt is None:
+        if target in _NEEDED:
+            return _check(name, "fail", f"{library} is not installed", f"pip install {library}")
+        return _check(name, "absent", "optional, not installed", f"pip install 'kdctl[{target}]'")
+    works, answer = attempt
+    if works:
+        return _check(name, "ok", answer)
+    if library is not None and _version(library) is None:
+        again = f"{_elsewhere(target)} names a Python that cannot run it: mend its environment or unset the variable"
+    return _check(name, "fail" if target in _NEEDED else "broken", answer, again)
 
 
 # ------------------------------------------------------------------------------------------------------------ machine

@@ -33,7 +33,7 @@ def eval_(
     elif (path / "manifest.json").is_file():
         run = runs.Run(path.parent.parent)
         experiment = load_experiment(run.config, options.overrides, require_files=False).experiment
-        from kdctl.artefacts import evaluate_artefact
+        from kdctl.artefacts.measure import evaluate_artefact
 
         document = evaluate_artefact(run, experiment, path, split) | {"run": str(run), "artefact": what}
     else:

@@ -58,7 +58,7 @@ def reply(work: Callable[[], dict[str, Any]]) -> Reply:
     interrupted, says which run was saved and exits with the signal's code."""
     try:
         document = work()
-        from kdctl.artefacts import check_gates
+        from kdctl.artefacts.measure import check_gates
 
         missed = [error for error in map(check_gates, document["artefacts"]) if error is not None]
         return Reply(document, show, missed[0] if missed else None)

@@ -1,8 +1,9 @@
-"""What a compressor is: it makes a smaller or faster file of a model, from the model and some calibration images."""
+"""What stages of compression are: a Reshape makes a smaller model of a model, a Compressor a smaller file of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,30 +11,66 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from torch import nn
+    from kdctl.models.record import Model
+    from kdctl.signals import Batch
+    from kdctl.tasks.base import Task
+
+Floats = NDArray[np.float32]
+
+
+@dataclass
+class Workbench:
+    """What a stage of compression works with beside the model.
+
+    images: a stream of batches of clean training images (N, C, H, W) in [0, 1], in a random order that is always the
+    same. batches: the same images as labelled batches. quality: the task's metric of a predictor (images to logits) on
+    the validation split, or on training images where there is none: never on the test split. say: tells the user.
+    """
+
+    task: Task
+    images: Callable[[], Iterator[Floats]]
+    batches: Callable[[], Iterator[Batch]]
+    quality: Callable[[Callable[[Floats], Floats]], float]
+    say: Callable[[str], None] = print
+
+
+@dataclass
+class Reshaped:
+    """What a Reshape made. details: what it did, as JSON values (ratios, ranks, a scan, predicted latency)."""
+
+    model: Model
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Reshape:
+    """Makes a smaller model. The new one's record rebuilds it (models/structure.py)."""
+
+    makes: ClassVar[str] = "model"
+
+    def reshape(self, model: Model, bench: Workbench) -> Reshaped:
+        """The smaller model, in eval mode; the given one is left as it is. Raises KdctlError where it cannot be made."""
+        raise NotImplementedError
 
 
 class Compressor:
-    """Writes a compressed model into one file."""
+    """Writes a compressed model into one file, which the runtime `target` opens (a name of EXPORTERS)."""
 
-    target: ClassVar[str]
-    file_name: ClassVar[str]
-
-    def variant(self) -> str:
-        """What the artefact is called where the stage gives no name."""
-        raise NotImplementedError
+    makes: ClassVar[str] = "file"
+    target: str
+    file_name: str
 
     def convert(
         self,
-        model: nn.Module,
-        calibration_images: Iterable[NDArray[np.float32]],
+        model: Model,
+        bench: Workbench,
         image_shape: tuple[int, int, int],
         out: Path,
         metadata: dict[str, Any],
-    ) -> None:
-        """Writes the compressed model to `out`.
+        max_drop: float | None = None,
+    ) -> dict[str, Any]:
+        """Writes the compressed model to `out`; returns what it did, as JSON values.
 
-        calibration_images: batches of float32 images (N, C, H, W) in [0, 1], in random order, none of them of the test
-        split. Raises KdctlError where they do not fit.
+        max_drop: points of `bench.quality` that may be lost; where the stage can give up some of its gain to hold it,
+        it does. Raises KdctlError where the images do not fit the model.
         """
         raise NotImplementedError

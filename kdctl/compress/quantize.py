@@ -1,161 +1,231 @@
-"""Post-training quantisation to int8, as an ONNX file in QDQ form that ONNX Runtime fuses into int8 kernels."""
+"""Post-training quantisation: a file with few-bit numbers, made by the exporter of the runtime that opens it."""
 
 from __future__ import annotations
 
-import platform
-import tempfile
-from collections.abc import Iterable
+import copy
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from kdctl.compress.base import Compressor
-from kdctl.compress.calibration import Range, ranges
+from kdctl import registry
+from kdctl.compress.base import Compressor, Workbench
+from kdctl.compress.sensitivity import Sensitivity, sensitivities
 from kdctl.config.types import PositiveInt
-from kdctl.errors import KdctlError
-from kdctl.export import graph
-from kdctl.export.onnx import OUTPUT, open_predictor, open_session, preprocessing, quiet, to_graph
-
-if TYPE_CHECKING:
-    import onnx
-    from torch import nn
-
-__all__ = ["Quantize", "open_predictor"]
+from kdctl.errors import ConfigError, KdctlError, Problem
+from kdctl.evaluate import TorchPredictor
+from kdctl.export import files
+from kdctl.export.base import Exporter, Mode, Quantization
+from kdctl.models.record import Model
+from kdctl.quant import fake
+from kdctl.quant.learned import Learned
 
 Floats = NDArray[np.float32]
 
-LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-BETWEEN = (
-    "Add", "Mul", "Relu", "Clip", "LeakyRelu", "Sigmoid", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat",
-    "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Resize",
-)  # fmt: skip
-"""What stands between convolutions: in int8 too, or every one of them costs two conversions and a float kernel."""
+TAKES_LEARNED = ("onnx", "openvino")
+"""Targets whose exporters keep the steps that quantisation-aware training found."""
+SENSITIVITY_SAMPLES = 128
 
 
 class Quantize(Compressor):
-    """Static int8: weights symmetric, a scale a channel; activations with ranges from calibration images.
+    """Post-training quantisation of convolutions and linears, with the layers that suffer most left in fp32 on request.
 
-    Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, 2018.
-    dtype: int8. mode: static, ranges are fixed ahead. calibration: minmax takes the extremes, percentile leaves out
-    0.01 % of the values, entropy the range that changes the distribution least. samples: calibration images.
-    per_channel: one scale an output channel (or one a tensor).
-    Activations are unsigned, on ARM signed: what the machine's int8 instructions take.
+    Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, 2018;
+    int8: Krishnamoorthi, Quantizing deep convolutional networks for efficient inference, 2018.
+    dtype: of the weights. mode: static, activations are int8 in ranges fixed ahead; dynamic, linears find them at each
+    call; weight_only, all is computed in float; auto is static where convolutions hold most of the multiplications and
+    dynamic elsewhere, weight_only for int4, fp16 and bf16. calibration: of static ranges; minmax takes the extremes,
+    percentile leaves out 0.01 % of the values, entropy takes the range that changes the distribution least, mse the one
+    with the least squared error. samples: calibration images. per_channel: one scale an output channel of a weight (or
+    one a tensor). group_size: how many weights share a scale in weight_only, a channel's without it. target: the
+    exporter. keep: globs over paths of layers that stay in fp32. With `max_drop` of the stage, the most sensitive
+    layers stay in fp32 too, as many as it takes.
     """
-
-    target = "onnx"
-    file_name = "model.onnx"
 
     def __init__(
         self,
         *,
-        dtype: Literal["int8"] = "int8",
-        mode: Literal["static"] = "static",
-        calibration: Literal["minmax", "percentile", "entropy"] = "minmax",
+        dtype: Literal["int8", "int4", "fp16", "bf16"] = "int8",
+        mode: Literal["auto", "static", "dynamic", "weight_only"] = "auto",
+        calibration: Literal["minmax", "percentile", "entropy", "mse"] = "minmax",
         samples: PositiveInt = 512,
         per_channel: bool = True,
+        group_size: PositiveInt | None = None,
+        target: str = "onnx",
+        keep: list[str] | None = None,
     ) -> None:
         self.dtype, self.mode, self.calibration = dtype, mode, calibration
-        self.samples, self.per_channel = samples, per_channel
-
-    def variant(self) -> str:
-        return f"{self.dtype}-{self.mode}"
+        self.samples, self.per_channel, self.group_size = samples, per_channel, group_size
+        self.target, self.keep = target, list(keep or [])
+        if dtype in ("fp16", "bf16") and mode not in ("auto", "weight_only"):
+            raise ConfigError(Problem(f"{dtype} has no mode {mode}: it keeps weights in 16 bits", key="mode"))
+        if group_size is not None and (dtype in ("fp16", "bf16") or mode in ("static", "dynamic")):
+            hint = "group_size is for mode: weight_only with int8 or int4"
+            raise ConfigError(Problem(f"weights of {dtype} {mode} have no groups", key="group_size", hint=hint))
+        self.exporter: Exporter = registry.create("exporters", target, {})
+        self.file_name = self.exporter.file_name
+        if mode != "auto" or dtype != "int8":
+            self.exporter.check(Quantization(dtype=dtype, mode="weight_only" if mode == "auto" else mode))
 
     def convert(
         self,
-        model: nn.Module,
-        calibration_images: Iterable[Floats],
+        model: Model,
+        bench: Workbench,
         image_shape: tuple[int, int, int],
         out: Path,
         metadata: dict[str, Any],
-    ) -> None:
-        """Writes the int8 model to `out`.
+        max_drop: float | None = None,
+    ) -> dict[str, Any]:
+        """Writes the quantised model to `out`; returns mode, layers kept in fp32, and with max_drop the qualities.
 
-        calibration_images: batches of float32 images (N, C, H, W) in [0, 1], none of them from the test split; the
-        first `samples` are used, so they should come in random order. Raises KdctlError where they do not fit.
+        Calibration takes the first `samples` of bench.images. A model that learnt its quantisation goes as it learnt
+        it. max_drop: where the file loses more points of bench.quality, layers are ranked by `sensitivities` and the
+        worst stay in fp32, 1, 2, 4, ... of them until it holds, then as few as still hold. Raises KdctlError where the
+        images do not fit or a glob of `keep` matches nothing.
         """
-        images = take(calibration_images, self.samples, image_shape)
-        with tempfile.TemporaryDirectory() as folder:
-            prepared = self._prepare(to_graph(model, image_shape), Path(folder))
-            found = self._calibrate(prepared, images, Path(folder))
-            quantized = self._quantize(prepared, found)
-        _float_logits(quantized)
-        graph.strip(quantized)
-        graph.shorten(quantized)
-        quantization = {
-            "dtype": self.dtype, "mode": self.mode, "calibration": self.calibration, "samples": len(images),
-            "per_channel": self.per_channel, "activations": activation_type(),
-        }  # fmt: skip
-        about = {"preprocessing": preprocessing(image_shape), "quantization": quantization, **metadata}
-        graph.write(quantized, out, about)
+        model, how = self._plan(model, bench, image_shape)
+        self.exporter.check(how)
+        before = bench.quality(TorchPredictor(model)) if max_drop is not None else 0.0
+        files.write(self.target, model, out, metadata, how)
+        details: dict[str, Any] = {
+            "dtype": how.dtype,
+            "mode": how.mode,
+            "target": self.target,
+            "kept": sorted(how.keep),
+        }
+        if how.learned:
+            details["learned"] = len(how.learned)
+        if max_drop is None:
+            return details
+        drop = before - bench.quality(files.open_file(self.target, out))
+        details |= {"quality_before": before, "quality_quantized": before - drop, "quality_after": before - drop}
+        if drop <= max_drop + 1e-9 or how.learned:
+            return details
+        return details | self._mixed(model, bench, how, out, metadata, (before, max_drop))
 
-    def _prepare(self, proto: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-        """Folds constants and normalisations, infers shapes, names every node."""
-        import onnx
-        from onnxruntime.quantization import quant_pre_process
+    # ------------------------------------------------------------------------------------------------------- planning
 
-        source, path = folder / "source.onnx", folder / "prepared.onnx"
-        onnx.save(proto, source)
-        with quiet():
-            quant_pre_process(source, path, skip_symbolic_shape=True)
-        prepared = onnx.load(path)
-        for i, node in enumerate(prepared.graph.node):
-            node.name = f"{node.op_type}_{i}"
-        return prepared
+    def _plan(self, model: Model, bench: Workbench, image_shape: tuple[int, int, int]) -> tuple[Model, Quantization]:
+        """The plain model and how its numbers are to be kept."""
+        learned: dict[str, Learned] = {}
+        if fake.is_quantized(model.net):
+            net, learned = fake.release(model.net)
+            model = Model(net, model.record, model.base).eval()
+            if self.target not in TAKES_LEARNED:
+                learned = {}
+        mode = self._mode(model, image_shape, any(layer.input_range is not None for layer in learned.values()))
+        images = None if mode == "weight_only" else take(bench.images(), self.samples, image_shape)
+        keep = matching(model.net, self.keep)
+        how = Quantization(
+            dtype="int8" if learned and mode == "static" else self.dtype, mode=mode, images=images,
+            calibration=self.calibration, per_channel=self.per_channel, group_size=self.group_size, keep=keep,
+            learned={path: layer for path, layer in learned.items() if path not in keep},
+        )  # fmt: skip
+        return model, how
 
-    def _calibrate(self, prepared: onnx.ModelProto, images: Floats, folder: Path) -> dict[str, Range]:
-        """Ranges of every float tensor that a quantised operator reads or makes."""
-        import onnx
+    def _mode(self, model: Model, image_shape: tuple[int, int, int], learned_inputs: bool) -> Mode:
+        if self.mode != "auto":
+            return self.mode
+        if learned_inputs:
+            return "static"
+        if self.dtype != "int8":
+            return "weight_only"
+        dynamic = f"{self.dtype}-dynamic" in self.exporter.quantizations
+        return "static" if convolution_share(model, image_shape) >= 0.5 or not dynamic else "dynamic"
 
-        constants = {t.name for t in prepared.graph.initializer}
-        known = {v.name: v.type.tensor_type.elem_type for v in (*prepared.graph.value_info, *prepared.graph.input)}
-        known |= {v.name: v.type.tensor_type.elem_type for v in prepared.graph.output}
-        chosen = [node for node in prepared.graph.node if node.op_type in LINEAR + BETWEEN]
-        names = dict.fromkeys(name for node in chosen for name in (*node.input, *node.output) if name not in constants)
-        tensors = [name for name in names if known.get(name) == onnx.TensorProto.FLOAT]
-        watched = onnx.ModelProto()
-        watched.CopyFrom(prepared)
-        given = {v.name for v in prepared.graph.input}
-        already = {v.name for v in prepared.graph.output}
-        for name in tensors:
-            if name not in given | already:
-                watched.graph.output.append(onnx.ValueInfoProto(name=name))
-        path = folder / "watched.onnx"
-        onnx.save(watched, path)
-        session = open_session(path, threads=1)
-        inside = [name for name in tensors if name not in given]
-        found = ranges(session, inside, images, self.calibration)
-        extremes = (min(0.0, float(images.min())), max(0.0, float(images.max())))
-        return found | {name: extremes for name in tensors if name in given}
+    # ------------------------------------------------------------------------------------------------ mixed precision
 
-    def _quantize(self, prepared: onnx.ModelProto, found: dict[str, Range]) -> onnx.ModelProto:
-        """Puts quantise and dequantise pairs around the operators, weights as int8, biases as int32."""
-        from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, TensorsData
+    def _mixed(
+        self,
+        model: Model,
+        bench: Workbench,
+        how: Quantization,
+        out: Path,
+        metadata: dict[str, Any],
+        limit: tuple[float, float],
+    ) -> dict[str, Any]:
+        """Writes the file with as few layers in fp32 as hold the quality. limit: (quality before, points to lose)."""
+        ranked = self._ranked(model, bench, how)
+        before, max_drop = limit
+        qualities: dict[int, float] = {}
 
-        data = {name: (np.float32(low), np.float32(high)) for name, (low, high) in found.items()}
-        pairs = {name: (np.asarray(low), np.asarray(high)) for name, (low, high) in data.items()}
-        with quiet():
-            quantizer = QDQQuantizer(
-                prepared,
-                self.per_channel,
-                False,  # reduce_range: full 8-bit weights
-                QuantType.QInt8,
-                QuantType.QUInt8 if activation_type() == "uint8" else QuantType.QInt8,
-                TensorsData(CalibrationMethod.MinMax, pairs),
-                [],
-                _in_float(prepared),
-                list(LINEAR + BETWEEN),
-                {},
-            )
-            quantizer.quantize_model()
-        proto: onnx.ModelProto = quantizer.model.model
-        return proto
+        def holds(count: int) -> bool:
+            kept = how.keep | {layer.path for layer in ranked[:count]}
+            files.write(self.target, model, out, metadata, replace(how, keep=kept))
+            qualities[count] = bench.quality(files.open_file(self.target, out))
+            bench.say(f"  {count} of {len(ranked)} layers in fp32: {qualities[count]:.2f}, before {before:.2f}")
+            return before - qualities[count] <= max_drop + 1e-9
+
+        count = fewest(holds, len(ranked))
+        if list(qualities)[-1] != count:
+            holds(count)
+        return {
+            "kept": sorted(how.keep | {layer.path for layer in ranked[:count]}),
+            "layers": len(ranked),
+            "quality_after": qualities[count],
+            "sensitivity": [layer.as_dict() for layer in ranked],
+        }
+
+    def _ranked(self, model: Model, bench: Workbench, how: Quantization) -> list[Sensitivity]:
+        channels, height, width = model.record.image_shape
+        images = take(bench.images(), min(self.samples, SENSITIVITY_SAMPLES), (channels, height, width))
+        bits = {"int8": 8, "int4": 4}.get(how.dtype, 8)
+        inputs = None if how.mode == "weight_only" else 8
+        return sensitivities(
+            model, images, bits=bits, activation_bits=inputs, per_channel=how.per_channel,
+            calibration=how.calibration, skip=how.keep,
+        )  # fmt: skip
 
 
-def activation_type() -> Literal["uint8", "int8"]:
-    """The type of activations that this machine's int8 instructions are made for: x86 multiplies unsigned by signed."""
-    return "int8" if platform.machine().lower() in ("arm64", "aarch64") else "uint8"
+def fewest(holds: Callable[[int], bool], most: int) -> int:
+    """The least count of 1..most that holds, taken to hold for all above it: by doubling, then by bisection.
+
+    `most` where none does.
+    """
+    failed, count = 0, 1
+    while count < most and not holds(count):
+        failed, count = count, min(2 * count, most)
+    if count == most:
+        holds(most)
+    while count - failed > 1:
+        middle = (failed + count) // 2
+        if holds(middle):
+            count = middle
+        else:
+            failed = middle
+    return count
+
+
+def matching(net: nn.Module, globs: Iterable[str]) -> frozenset[str]:
+    """Paths of the convolutions and linears that globs match, or that lie inside a module they match.
+
+    Raises KdctlError for a glob without any.
+    """
+    layers = [path for path, module in net.named_modules() if isinstance(getattr(module, "weight", None), torch.Tensor)]
+    found: set[str] = set()
+    for glob in globs:
+        hits = [path for path in layers if fnmatch.fnmatch(path, glob) or fnmatch.fnmatch(path, f"{glob}.*")]
+        if not hits:
+            raise KdctlError(f"keep: '{glob}' matches no layer", hint=f"the model's layers: {', '.join(layers)}")
+        found.update(hits)
+    return frozenset(found)
+
+
+def convolution_share(model: Model, image_shape: tuple[int, int, int]) -> float:
+    """The share of convolutions in the multiply-accumulates of a model, in [0, 1]; 0 for a model without any."""
+    copied = copy.deepcopy(model).cpu().float().eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copied(torch.zeros(1, *image_shape))
+    counts = {str(operator): flops for operator, flops in counter.get_flop_counts().get("Global", {}).items()}
+    convolutions = sum(flops for operator, flops in counts.items() if "conv" in operator)
+    return convolutions / max(sum(counts.values()), 1)
 
 
 def take(batches: Iterable[Floats], samples: int, image_shape: tuple[int, int, int]) -> Floats:
@@ -173,24 +243,3 @@ def take(batches: Iterable[Floats], samples: int, image_shape: tuple[int, int, i
     if sum(map(len, taken)) == 0:
         raise KdctlError("there are no calibration images", hint="static quantisation needs some of the training split")
     return np.concatenate(taken)
-
-
-def _in_float(proto: onnx.ModelProto) -> list[str]:
-    """Names of nodes to leave in float: sums and products with a constant, which a coarse scale would spoil."""
-    constants = {t.name for t in proto.graph.initializer}
-    return [n.name for n in proto.graph.node if n.op_type in ("Add", "Mul") and any(i in constants for i in n.input)]
-
-
-def _float_logits(proto: onnx.ModelProto) -> None:
-    """Lets a last linear give its logits in float: 256 levels would tie classes, and the kernel gives floats anyway."""
-    view = graph.Graph(proto)
-    dequantize = view.makers[OUTPUT]
-    if dequantize.op_type != "DequantizeLinear":
-        return
-    quantize = view.makers.get(dequantize.input[0])
-    linear = view.makers.get(quantize.input[0]) if quantize is not None else None
-    if linear is None or linear.op_type not in ("Gemm", "MatMul") or view.only_reader(linear.output[0]) is None:
-        return
-    linear.output[0] = OUTPUT
-    view.replace(dequantize, [])
-    graph.prune(proto)

@@ -114,6 +114,8 @@ class _Check:
         """Lets a model that is taken `from` a stage leave out what it is: that stage says so."""
         stages = self.data.get("stages")
         made: dict[str, dict[Any, Any]] = {}
+        if not isinstance(stages, list):
+            made["student"], stages = _without_weights(self.data.get("student")), self.data.get("compress")
         for stage in stages if isinstance(stages, list) else []:
             if not isinstance(stage, dict):
                 continue
@@ -121,7 +123,7 @@ class _Check:
             for model in [student, *(teacher if isinstance(teacher, list) else [teacher])]:
                 if isinstance(model, dict) and "kind" not in model:
                     model.update({**made.get(str(model.get("from")), {}), **model})
-            if stage_type(stage) == "<train>":
+            if stage_type(stage) == "<train>" and stage.get("kind") != "finetune":
                 model = student if isinstance(student, dict) else self.data.get("student")
                 made[str(stage.get("name", "student"))] = _without_weights(model)
 

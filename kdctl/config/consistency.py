@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kdctl import registry
@@ -26,6 +26,7 @@ Finding = tuple[KeyPath, str, str | None]
 """Path, message, hint."""
 
 _WAYS = "weights: a file, a run directory or `pretrained`; or train: {} to train it first; or control: true"
+_UNTRAINED = "name its weights, or train it for an epoch at least"
 _ADD_TEACHER = "add teacher: {kind: ..., weights: ...}"
 
 
@@ -166,7 +167,9 @@ def _check_shorthands(file: ExperimentFile) -> Iterator[Finding]:
                 yield ("distill",), "there is no teacher to distil from", _ADD_TEACHER
             yield from _check_need(("losses",), file.losses or [], "this experiment")
     given = file.teacher if isinstance(file.teacher, list) else [file.teacher] if file.teacher else []
-    names = Counter([(spec.name or f"teacher-{i + 1}") for i, spec in enumerate(given) if spec.train] + ["student"])
+    single = isinstance(file.teacher, TeacherSpec)
+    made = [s.name or ("teacher" if single else f"teacher-{i + 1}") for i, s in enumerate(given) if s.train]
+    names = Counter([*made, "student"])
     for name in [name for name, count in names.items() if count > 1]:
         yield ("teacher",), f"two stages would be called '{name}'", "give each teacher another name"
     yield from _check_several(("losses",), file.losses or [], ("ensemble",), file.ensemble, len(given))
@@ -174,6 +177,56 @@ def _check_shorthands(file: ExperimentFile) -> Iterator[Finding]:
         yield ("losses",), "there is no term to train with", "leave `losses` out for the default"
     if file.train.early_stop is not None and file.data.val_fraction == 0:
         yield ("train", "early_stop"), "early stopping needs a validation split", "set data.val_fraction"
+    if file.train.epochs == 0 and not _has_weights(file.student):
+        yield ("train", "epochs"), "a student without weights has to be trained", _UNTRAINED
+    for index, stage in enumerate(file.compress):
+        if isinstance(stage, TrainStage) and stage.kind != "finetune":
+            message = "a stage of `compress` has a kind: prune, low_rank, finetune, quantize or export"
+            yield ("compress", index, "kind"), message, "{kind: finetune, epochs: 5} trains again, with the teacher"
+    places: dict[KeyPath, TrainStage | OutputStage] = {("compress", i): s for i, s in enumerate(file.compress)}
+    places |= {("export", i): s for i, s in enumerate(file.export)}
+    yield from _check_products(file, places, [*made, "student"])
+
+
+def _check_products(
+    file: ExperimentFile, places: Mapping[KeyPath, TrainStage | OutputStage], earlier: list[str]
+) -> Iterator[Finding]:
+    """Stages of compression, in order, after the stages of these names."""
+    for path, stage in places.items():
+        name = stage.name if "name" in stage.model_fields_set else ""
+        if name in earlier:
+            yield (*path, "name"), f"two stages are called '{name}'", "each stage has a name of its own"
+        if isinstance(stage, TrainStage):
+            yield from _check_finetune(file, path, stage, earlier)
+        elif stage.start != "previous" and stage.start not in earlier:
+            yield _unknown_stage((*path, "from"), stage.start, earlier)
+        earlier = [*earlier, *([name] if name else [])]
+
+
+def _check_finetune(file: ExperimentFile, path: KeyPath, stage: TrainStage, earlier: list[str]) -> Iterator[Finding]:
+    if "role" in stage.model_fields_set:
+        yield (*path, "role"), "a finetune has no role of its own", "remove it"
+    if stage.start == "fresh":
+        yield (*path, "from"), "a finetune starts from the model of a stage", f"one of {', '.join(earlier)}"
+    if stage.epochs == 0:
+        yield (*path, "epochs"), "a finetune of no epochs does nothing", "epochs: 5"
+    yield from _check_losses((*path, "losses"), stage.losses)
+    for place, spec in _teachers((*path, "teacher"), stage.teacher):
+        yield from _check_teacher(place, spec, True)
+    for place, name in _references(path, stage, stage.teacher):
+        if name not in earlier:
+            yield _unknown_stage(place, name, earlier)
+    if "teacher" in stage.model_fields_set and not stage.teacher:
+        yield from _check_need((*path, "losses"), stage.losses, "this finetune")
+
+
+def _has_weights(student: ModelSpec) -> bool:
+    return student.weights is not None or student.stage is not None
+
+
+def _unknown_stage(path: KeyPath, name: str, earlier: list[str]) -> Finding:
+    allowed = ", ".join(earlier) if earlier else "none, this is the first"
+    return path, f"there is no earlier stage '{name}'; earlier stages: {allowed}", did_you_mean(name, earlier)
 
 
 def _check_stages(file: ExperimentFile, stages: Sequence[TrainStage | OutputStage]) -> Iterator[Finding]:
@@ -182,17 +235,21 @@ def _check_stages(file: ExperimentFile, stages: Sequence[TrainStage | OutputStag
             yield (key,), f"with `stages:`, `{key}` is a stage", f"move it to the end of stages: {{kind: {key}, ...}}"
     if not any(isinstance(stage, TrainStage) for stage in stages):
         yield ("stages",), "no stage trains", "the first stage is {kind: train, name: student}"
-    earlier: dict[str, TrainStage | OutputStage] = {}
+    earlier: list[str] = []
+    trained = False
     for index, stage in enumerate(stages):
         path: KeyPath = ("stages", index)
-        if stage.name and stage.name in earlier:
-            yield (*path, "name"), f"two stages are called '{stage.name}'", "each stage has a name of its own"
-        if isinstance(stage, TrainStage):
-            yield from _check_train_stage(file, path, stage, list(earlier))
-            earlier[stage.name] = stage
-        elif stage.name:
-            earlier[stage.name] = stage
-    yield from _check_used(file, [s for s in stages if isinstance(s, TrainStage)])
+        if isinstance(stage, TrainStage) and stage.kind == "train":
+            if stage.name in earlier:
+                yield (*path, "name"), f"two stages are called '{stage.name}'", "each stage has a name of its own"
+            yield from _check_train_stage(file, path, stage, earlier)
+            earlier, trained = [*earlier, stage.name], trained or stage.role == "student"
+            continue
+        if not trained:
+            yield path, "there is no student yet to compress", "a stage {kind: train, name: student} comes first"
+        yield from _check_products(file, {path: stage}, earlier)
+        earlier = [*earlier, *([stage.name] if "name" in stage.model_fields_set and stage.name else [])]
+    yield from _check_used(file, [s for s in stages if isinstance(s, TrainStage) and s.kind == "train"])
 
 
 def _check_train_stage(file: ExperimentFile, path: KeyPath, stage: TrainStage, earlier: list[str]) -> Iterator[Finding]:
@@ -207,8 +264,11 @@ def _check_train_stage(file: ExperimentFile, path: KeyPath, stage: TrainStage, e
         yield path, "a stage with `role: teacher` needs the model that it trains", "add student: {kind: ...}"
     for place, name in _references(path, stage, taken if stage.role != "teacher" or own_teacher else None):
         if name not in earlier:
-            allowed = ", ".join(earlier) if earlier else "none, this is the first"
-            yield place, f"there is no earlier stage '{name}'; earlier stages: {allowed}", did_you_mean(name, earlier)
+            yield _unknown_stage(place, name, earlier)
+    epochs = stage.epochs if "epochs" in stage.model_fields_set else file.train.epochs
+    starts = stage.start == "fresh" or ("start" not in stage.model_fields_set and not earlier)
+    if epochs == 0 and starts and not _has_weights(stage.student or file.student):
+        yield (*path, "epochs"), "a student without weights has to be trained", _UNTRAINED
     yield from _check_losses((*path, "losses"), stage.losses)
     losses, place = stage.losses, (*path, "losses")
     method, ensemble = (

@@ -39,9 +39,12 @@ def plain(value: Any) -> Any:
 
 def dump_yaml(experiment: Experiment) -> str:
     """The experiment as a file: keys in the order of the schema, floats that read back as the same numbers."""
-    return yaml.dump(
-        plain(experiment), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10**6
-    )
+    return dump_plain(plain(experiment))
+
+
+def dump_plain(data: Any) -> str:
+    """Maps, lists and scalars as YAML that reads back to the same."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10**6)
 
 
 def origin_rows(loaded: Loaded) -> list[tuple[str, Any, str]]:

@@ -22,6 +22,7 @@ from kdctl.config.schema import (
     Distill,
     Experiment,
     ExperimentFile,
+    Gates,
     Keeping,
     LossSpec,
     ModelSpec,
@@ -32,10 +33,14 @@ from kdctl.config.schema import (
     TrainStage,
 )
 from kdctl.config.yaml_io import Document, KeyPath
+from kdctl.errors import KdctlError
 from kdctl.runs import holds_model
 
 C = TypeVar("C", bound=Component)
 _STAGE = TrainStage()
+FINETUNE_EPOCHS = 5
+FINETUNE_LR = 0.2
+"""The learning rate of a finetune, as a share of the experiment's, where the stage has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,7 @@ class _Expansion:
         else:
             for index, stage in enumerate(file.stages):
                 self.links["stages", index] = ("stages", index)
-                if isinstance(stage, TrainStage):
-                    self._add_train(stage, ("stages", index))
-                else:
-                    self._add_output(stage)
+                self._add(stage, ("stages", index))
         settings = {name: getattr(file.train, name) for name in RunSettings.model_fields}
         return Experiment(
             name=file.name,
@@ -137,14 +139,14 @@ class _Expansion:
         index = len(self.stages)
         self.links["stages", index, "teacher"] = ("teacher",)
         self._add_train(TrainStage(name="student", teacher=teacher, start="fresh"))
-        for key, components in (("compress", file.compress), ("export", file.export)):
-            for number, component in enumerate(components):
-                self.links["stages", len(self.stages)] = (key, number)
-                if key == "export":
-                    self.links["stages", len(self.stages), "target"] = (key, number, "kind")
-                    said = component.model_dump(exclude={"kind"})
-                    component = OutputStage(kind="export", target=component.kind, **said)
-                self._add_output(component)
+        for number, stage in enumerate(file.compress):
+            self.links["stages", len(self.stages)] = ("compress", number)
+            self._add(stage, ("compress", number))
+        for number, component in enumerate(file.export):
+            self.links["stages", len(self.stages)] = ("export", number)
+            self.links["stages", len(self.stages), "target"] = ("export", number, "kind")
+            said = component.model_dump(exclude={"kind"}, by_alias=True)
+            self._add_output(OutputStage(kind="export", target=component.kind, **said))
 
     def _add_teacher(self, spec: TeacherSpec, place: KeyPath, name: str) -> TeacherSpec:
         """Adds the stage that trains a teacher; returns the teacher that takes its weights from there."""
@@ -165,6 +167,52 @@ class _Expansion:
         return spec.model_copy(update={"train": None, "stage": name})
 
     # --------------------------------------------------------------------------------------------------------- stages
+
+    def _add(self, stage: TrainStage | OutputStage, place: KeyPath) -> None:
+        if isinstance(stage, OutputStage):
+            self._add_output(stage)
+        elif stage.kind == "finetune":
+            self._add_train(self._as_training(stage), place)
+        else:
+            self._add_train(stage, place)
+
+    def _as_training(self, stage: TrainStage) -> TrainStage:
+        """What a `finetune` comes to: the last model trains on, more gently, with the teacher, else with the model that
+        compression began with."""
+        given, origin = stage.model_fields_set, self._origin()
+        update: dict[str, Any] = {"kind": "train", "role": "compressed", "student": origin.student}
+        update["name"] = stage.name if "name" in given else self._free_name("finetune")
+        update["epochs"] = stage.epochs if "epochs" in given else FINETUNE_EPOCHS
+        update["start"] = self._model_before(stage.start)
+        for key in ("schedule", "ensemble"):
+            update[key] = getattr(stage if key in given else origin, key)
+        if "teacher" not in given and origin.teachers:
+            update["teacher"] = origin.teacher
+            update |= {} if "losses" in given else {"losses": origin.losses, "balance": origin.balance}
+        elif "teacher" not in given and origin.student is not None:
+            update["teacher"] = TeacherSpec(stage=origin.name, **_model_part(origin.student))
+        if "losses" not in given and "losses" not in update:
+            update["losses"] = distill_losses(self.file.distill or Distill())
+        if "optimizer" not in given:
+            lr = origin.optimizer.arguments.get("lr")
+            gentle = {"lr": round(lr * FINETUNE_LR, 12)} if isinstance(lr, float) else {}
+            update["optimizer"] = origin.optimizer.model_copy(update=gentle)
+        own = {name: getattr(stage, name) for name in given}
+        return TrainStage(**{"method": _STAGE.method, "balance": _STAGE.balance, **own, **update})
+
+    def _origin(self) -> TrainStage:
+        """The last stage so far that trained the student itself; consistency has made sure that there is one."""
+        return next(s for s in reversed(self.stages) if isinstance(s, TrainStage) and s.role == "student")
+
+    def _model_before(self, start: str) -> str:
+        """The stage whose model a stage of compression takes: the last that made one, where none is named."""
+        if start != "previous":
+            return start
+        return next(s.name for s in reversed(self.stages) if makes_model(s))
+
+    def _free_name(self, name: str) -> str:
+        taken = {s.name for s in self.stages}
+        return next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
 
     def _add_train(self, stage: TrainStage, place: KeyPath | None = None) -> None:
         """Adds a training stage with everything in it that it takes from the experiment."""
@@ -215,6 +263,7 @@ class _Expansion:
                 frozen=stage.frozen,
                 data=_complete_stage_data(stage.data),
                 **{key: getattr(stage if key in given else file.train, key) for key in Keeping.model_fields},
+                **{key: getattr(stage, key) for key in Gates.model_fields},
             )
         )
 
@@ -251,12 +300,25 @@ class _Expansion:
     def _add_output(self, stage: OutputStage) -> None:
         group = "exporters" if stage.kind == "export" else "compressors"
         done = complete(stage, group, keep=("target",))
-        if not done.name:
-            taken = {s.name for s in self.stages}
-            name = variant(done)
-            number = next(n for n in range(1, len(taken) + 2) if (name if n == 1 else f"{name}-{n}") not in taken)
-            done = done.model_copy(update={"name": name if number == 1 else f"{name}-{number}"})
-        self.stages.append(done)
+        name = done.name or self._free_name(variant(done))
+        self.stages.append(done.model_copy(update={"name": name, "start": self._model_before(stage.start)}))
+
+
+def makes_model(stage: TrainStage | OutputStage) -> bool:
+    """Whether a stage makes a model that compression can go on with, and not a file, a teacher or an assistant."""
+    if isinstance(stage, TrainStage):
+        return stage.role in ("student", "compressed")
+    return kind_makes_model(stage.kind)
+
+
+def kind_makes_model(kind: Any) -> bool:
+    """Whether a stage of compression of this kind makes a model; false where there is no such kind."""
+    if kind == "finetune":
+        return True
+    try:
+        return registry.signature(registry.find("compressors", kind)).attributes.get("makes") == "model"
+    except (KdctlError, TypeError):
+        return False
 
 
 def distill_losses(distill: Distill) -> list[LossSpec]:
@@ -273,7 +335,9 @@ def variant(stage: OutputStage) -> str:
     if stage.kind == "export":
         return re.sub(r"[^A-Za-z0-9_.-]+", "-", str(arguments["target"])).strip("-")
     if isinstance(arguments.get("dtype"), str):
-        return "-".join(str(arguments[key]) for key in ("dtype", "mode") if key in arguments)
+        where = [str(arguments["target"])] if arguments.get("target", "onnx") != "onnx" else []
+        how = [str(arguments["mode"])] if arguments.get("mode", "auto") != "auto" else []
+        return "-".join([*where, str(arguments["dtype"]), *how])
     amount = next((value for value in arguments.values() if type(value) is float), None)
     kind = re.sub(r"[^A-Za-z0-9_.-]+", "-", stage.kind.rpartition(":")[2])
     return kind if amount is None else f"{kind}-{amount:g}"

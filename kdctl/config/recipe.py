@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdctl.config.check import check
-from kdctl.config.expand import expand
+from kdctl.config.dump import dump_plain, plain
+from kdctl.config.expand import expand, kind_makes_model, makes_model
 from kdctl.config.overrides import load_document
-from kdctl.config.schema import Experiment, OutputStage
+from kdctl.config.schema import Experiment, Gates, OutputStage, TrainStage
 from kdctl.config.yaml_io import Document, Origin, read_file
 from kdctl.errors import ConfigError, Problem
+
+Stage = TrainStage | OutputStage
+
+
+@dataclass(frozen=True)
+class Extended:
+    """A run's experiment with further stages.
+
+    experiment: the whole, overrides applied. names: of the stages that were asked for, in order. known: of the stages
+    that the run has had and keeps. waiting: of those that are to be run; a stage that makes a model and is there
+    already, equal but for its gates, is not run again.
+    """
+
+    experiment: Experiment
+    names: list[str]
+    known: list[str]
+    waiting: list[str]
+    stored: Mapping[str, Any]
+    added: Mapping[str, Any]
+
+    @property
+    def config(self) -> str:
+        """The run's config.yaml with the new stages."""
+        return self.config_of(self.added)
+
+    def config_of(self, names: Sequence[str] | Mapping[str, Any]) -> str:
+        """The run's config.yaml with some of the new stages."""
+        chosen = {name: stage for name, stage in self.added.items() if name in names}
+        stages = [chosen.pop(stage.get("name"), stage) for stage in self.stored["stages"]]
+        return dump_plain({**self.stored, "stages": [*stages, *chosen.values()]})
 
 
 def read_recipe(path: Path) -> Document:
@@ -23,19 +56,93 @@ def read_recipe(path: Path) -> Document:
     return recipe
 
 
-def stage_of_options(**arguments: Any) -> Document:
-    """The recipe of one stage that options of the command line describe."""
-    return Document({"compress": [arguments]}, {(): Origin("command line", None, "override")})
+def recipe_of_options(stages: Sequence[Mapping[str, Any]]) -> Document:
+    """The recipe of the stages that options of the command line describe."""
+    return Document({"compress": [dict(stage) for stage in stages]}, {(): Origin("command line", None, "override")})
 
 
-def with_stages(config: Path, overrides: Sequence[str], recipe: Document) -> tuple[Experiment, list[OutputStage]]:
-    """A run's experiment, and the recipe's stages checked and completed as if its file had named them."""
+def with_stages(config: Path, overrides: Sequence[str], recipe: Document) -> Extended:
+    """A run's experiment with the recipe's stages, checked and completed as if its file had named them.
+
+    A stage of the recipe that is named like one of the run takes its place. Raises ConfigError.
+    """
+    stored = read_file(config).data
     document = load_document(config, overrides)
     stages = document.data.setdefault("stages", [])
+    before = expand(check(copy.deepcopy(document), require_files=False))
+    named = {s["name"] for s in recipe.data["compress"] if isinstance(s, dict) and isinstance(s.get("name"), str)}
+    stages[:] = _without(stages, named)
     first = len(stages)
     for path, origin in recipe.origins.items():
         if len(path) > 1:
             document.origins["stages", first + int(path[1]), *path[2:]] = origin
-    stages += recipe.data["compress"]
-    experiment = expand(check(document, require_files=False))
-    return experiment, [s for s in experiment.stages[first:] if isinstance(s, OutputStage)]
+    stages += _from_student(recipe.data["compress"], before.student_stage.name)
+    whole = expand(check(document, require_files=False))
+    old = {stage.name: stage for stage in before.stages}
+    kept, same = list(whole.stages[:first]), {s.name: s.name for s in whole.stages[:first]}
+    names, waiting, added = [], [], {}
+    for stage in whole.stages[first:]:
+        stage = _renamed(stage, same)
+        twin = next((s for s in old.values() if _content(s) == _content(stage)), None)
+        if twin is not None:
+            same[stage.name] = twin.name
+            stage = stage.model_copy(update={"name": twin.name})
+        else:
+            same[stage.name] = stage.name
+        there = any(s.name == stage.name for s in kept)
+        kept = [stage if s.name == stage.name else s for s in kept] + ([] if there else [stage])
+        names.append(stage.name)
+        if twin is None or not makes_model(stage):
+            waiting.append(stage.name)
+        added[stage.name] = _relative(plain(stage), config.absolute().parent)
+    known = [name for name in old if any(s.name == name for s in kept)]
+    experiment = whole.model_copy(update={"stages": kept})
+    stored = {**stored, "stages": [s for s in stored["stages"] if s.get("name", "student") in known]}
+    return Extended(experiment, names, known, waiting, stored, added)
+
+
+def _without(stages: Sequence[Any], named: set[str]) -> list[Any]:
+    """The stages but those of compression with these names, and what was made of their models."""
+    gone, kept = set(named), []
+    for stage in stages:
+        compression = stage.get("kind", "train") != "train" or stage.get("role") == "compressed"
+        if compression and (stage.get("name") in gone or stage.get("from") in gone):
+            gone.add(stage.get("name"))
+        else:
+            kept.append(stage)
+    return kept
+
+
+def _from_student(stages: Sequence[Any], student: str) -> list[Any]:
+    """The recipe's stages, those before its first model from the student, and not from what an earlier recipe made."""
+    named, own = [], False
+    for stage in stages:
+        free = isinstance(stage, dict) and "from" not in stage and not own
+        named.append({**stage, "from": student} if free else stage)
+        own = own or (isinstance(stage, dict) and kind_makes_model(stage.get("kind")))
+    return named
+
+
+def _renamed(stage: Stage, same: Mapping[str, str]) -> Stage:
+    """The stage, with the stages that it takes models from by the names they have in the run."""
+    update: dict[str, Any] = {"start": same.get(stage.start, stage.start)}
+    if isinstance(stage, TrainStage):
+        teachers = [t.model_copy(update={"stage": same.get(t.stage or "", t.stage)}) for t in stage.teachers]
+        if teachers:
+            update["teacher"] = teachers if isinstance(stage.teacher, list) else teachers[0]
+    return stage.model_copy(update=update)
+
+
+def _content(stage: Stage) -> dict[str, Any]:
+    """What a stage makes its model or file by: all but its name and its gates."""
+    return {key: value for key, value in plain(stage).items() if key not in ("name", *Gates.model_fields)}
+
+
+def _relative(value: Any, base: Path) -> Any:
+    """The value with paths inside a folder relative to it, so that the folder can be moved."""
+    if isinstance(value, dict):
+        return {key: _relative(item, base) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_relative(item, base) for item in value]
+    start = f"{base}/"
+    return f"./{value.removeprefix(start)}" if isinstance(value, str) and value.startswith(start) else value

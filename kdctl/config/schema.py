@@ -193,7 +193,7 @@ class Distill(Section):
 class Keeping(Section):
     """Settings of a training loop that a stage may set for itself."""
 
-    epochs: PositiveInt = Field(30, description="passes over the training data")
+    epochs: NonNegativeInt = Field(30, description="passes over the training data; 0: the weights stay as they are")
     clip_norm: Positive | None = Field(None, description="largest gradient norm")
     accumulate: PositiveInt = Field(1, le=2**16, description="micro-batches a step; the loss does not change")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an exponential moving average of the weights")
@@ -201,12 +201,26 @@ class Keeping(Section):
     keep: Literal["best", "last"] = Field("best", description="which weights are shipped")
 
 
-class TrainStage(Keeping):
-    """A stage that trains: what it does not set, it takes from the experiment."""
+class Gates(Section):
+    """What the product of a stage has to hold; where it does not, the stages after it do not run."""
 
-    kind: Literal["train"] = "train"
+    max_drop: NonNegative | None = Field(None, description="gate: most points of the task's metric that may be lost")
+    min_speedup: Positive | None = Field(
+        None, description="gate: least speed-up over fp32 in the same runtime, batch 1"
+    )
+
+
+class TrainStage(Keeping, Gates):
+    """A stage that trains: what it does not set, it takes from the experiment.
+
+    `finetune` trains what stages of compression before it made, with the teacher, else with the model as it was.
+    """
+
+    kind: Literal["train", "finetune"] = "train"
     name: str = Field("student", min_length=1, pattern=NAME)
-    role: Literal["student", "teacher", "assistant"] = Field("student", description="what the trained model is for")
+    role: Literal["student", "teacher", "assistant", "compressed"] = Field(
+        "student", description="what the trained model is for"
+    )
     student: ModelSpec | None = Field(None, description="the model that learns")
     teacher: TeacherSpec | list[TeacherSpec] | None = None
     ensemble: EnsembleSpec = Field(
@@ -230,24 +244,23 @@ class TrainStage(Keeping):
         return self.teacher if isinstance(self.teacher, list) else [self.teacher]
 
 
-class OutputStage(Component):
-    """A stage that makes an artefact: a compressor (`quantize`, ...) or `export` with its `target`."""
+class OutputStage(Component, Gates):
+    """A stage that makes an artefact: a smaller model (`prune`, ...) or a file (`quantize`, `export` to a `target`)."""
 
+    model_config = ConfigDict(extra="allow")
     name: str = Field("", pattern=f"^$|{NAME}", description="the variant's name; made from the arguments when left out")
-    max_drop: NonNegative | None = Field(None, description="gate: most points of the task's metric that may be lost")
-    min_speedup: Positive | None = Field(
-        None, description="gate: least speed-up over fp32 in the same runtime, batch 1"
+    start: str = Field(
+        "previous", alias="from", description="`previous`, the last stage that made a model, or the name of a stage"
     )
 
 
-CompressSpec = Annotated[OutputStage, Group("compressors")]
 ExportSpec = Annotated[OutputStage, Group("exporters")]
 
 
 def stage_type(value: Any) -> str:
     """The tag of the stage that a value is: one that trains, which is what a map without a kind does, or another."""
     kind = value.get("kind", "train") if isinstance(value, dict) else getattr(value, "kind", "train")
-    return "<train>" if kind == "train" else "<output>"
+    return "<train>" if kind in ("train", "finetune") else "<output>"
 
 
 Stage = Annotated[
@@ -314,7 +327,7 @@ class ExperimentFile(_Common):
     schedule: ScheduleSpec | None = None
     train: TrainSettings = TrainSettings()
     stages: list[Stage] | None = Field(None, description="the stages in full, instead of the shorthands")
-    compress: list[CompressSpec] = Field([], description="stages after training: quantize, prune, low_rank")
+    compress: list[Stage] = Field([], description="stages after training: prune, low_rank, finetune, quantize, export")
     export: list[ExportSpec] = Field([], description="files for other runtimes")
 
 
@@ -338,8 +351,16 @@ class Experiment(_Common):
         return mine[-1]
 
     @property
-    def output_stages(self) -> list[OutputStage]:
-        return [s for s in self.stages if isinstance(s, OutputStage)]
+    def products(self) -> list[TrainStage | OutputStage]:
+        """The stages that leave an artefact."""
+        return [s for s in self.stages if isinstance(s, OutputStage) or s.role == "compressed"]
+
+    def origin(self, stage: TrainStage | OutputStage) -> TrainStage:
+        """The training stage whose model a stage of compression goes back to."""
+        by_name = {s.name: s for s in self.stages}
+        while isinstance(stage, OutputStage) or stage.role == "compressed":
+            stage = by_name[stage.start]
+        return stage
 
 
 for _model in (TeacherTraining, TeacherSpec, TrainStage, ExperimentFile, Experiment):

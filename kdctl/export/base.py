@@ -1,24 +1,133 @@
-"""What an exporter is: it writes a model into a file of another runtime, and says how that file is opened."""
+"""What an exporter is: it writes a model into a file of another runtime, and says how that file is opened.
+
+Each target is one file of this room, with a class derived from Exporter and two functions: `open_predictor(path,
+threads)` and `inspect(path)`. Importing it imports neither torch nor the runtime.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdctl.errors import ConfigError, Problem
+from kdctl.quant.learned import Learned
 
 if TYPE_CHECKING:
-    from torch import nn
+    from kdctl.models.record import Model
+
+Floats = NDArray[np.float32]
+Dtype = Literal["int8", "int4", "fp16", "bf16"]
+Mode = Literal["static", "dynamic", "weight_only"]
+Calibration = Literal["minmax", "percentile", "entropy", "mse"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the numbers of a file are kept.
+
+    dtype: of the weights. mode: static (activations are int8 too, their ranges fixed ahead), dynamic (int8, ranges found
+    at each call) or weight_only; fp16 and bf16 are weight_only. images: (N, C, H, W) in [0, 1], what static takes ranges
+    from by `calibration`. per_channel: a scale an output channel of a weight, or one a tensor. group_size: of
+    weight_only, how many weights along the input share a scale, None for all of a channel. keep: paths of layers
+    (modules of the net) that stay in fp32. learned: by path, what training found; it is taken as it is.
+    """
+
+    dtype: Dtype = "int8"
+    mode: Mode = "static"
+    images: Floats | None = None
+    calibration: Calibration = "minmax"
+    per_channel: bool = True
+    group_size: int | None = None
+    keep: frozenset[str] = frozenset()
+    learned: Mapping[str, Learned] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """`int8-static`, `int4-weight_only`, `fp16`."""
+        return self.dtype if self.dtype in ("fp16", "bf16") else f"{self.dtype}-{self.mode}"
 
 
 class Exporter:
-    """Writes a model into one file. target: its runtime, a name of EXPORTERS."""
+    """Writes a model into one file. target: its runtime, a name of EXPORTERS.
+
+    quantizations: what it can write beside fp32, as names of `Quantization.name`.
+    """
 
     target: ClassVar[str]
     file_name: ClassVar[str]
+    quantizations: ClassVar[tuple[str, ...]] = ()
 
-    def variant(self) -> str:
-        """What the artefact is called where the stage gives no name."""
+    def convert(
+        self,
+        model: Model,
+        image_shape: tuple[int, int, int],
+        out: Path,
+        metadata: dict[str, Any],
+        quantization: Quantization | None = None,
+    ) -> None:
+        """Writes the model to `out`, with `metadata` in the file; in fp32 without a quantization.
+
+        The model is left as it is. The file takes float images (N, C, H, W) in [0, 1] and gives float logits; what
+        normalises them is inside. Raises KdctlError where the model has no such form.
+        """
         raise NotImplementedError
 
-    def convert(self, model: nn.Module, image_shape: tuple[int, int, int], out: Path, metadata: dict[str, Any]) -> None:
-        """Writes the model to `out`, with `metadata` in the file. Raises KdctlError where it has no such form."""
+    def files(self, out: Path) -> list[Path]:
+        """What `convert` writes for `out`, the file itself first: some targets keep their constants beside the graph."""
+        return [out]
+
+    def check(self, quantization: Quantization | None) -> None:
+        """Raises ConfigError for a quantization that this target cannot write."""
+        if quantization is not None and quantization.name not in self.quantizations:
+            allowed = ", ".join(("fp32", *self.quantizations))
+            message = f"{self.target} files cannot be {quantization.name}; allowed: {allowed}"
+            raise ConfigError(Problem(message, key="mode"))
+
+
+class FilePredictor:
+    """A file as a predictor: float32 images (N, C, H, W) in [0, 1] to float32 logits (N, classes), any N.
+
+    runtime: name and version. metadata: what the exporter wrote into the file. input, output: their names in the file.
+    fixed_batch: how many images the file itself takes at a time, None for any number; more are given to it in turns.
+    """
+
+    path: Path
+    runtime: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    class_names: list[str]
+    metadata: dict[str, Any]
+    input: str = "images"
+    output: str = "logits"
+    fixed_batch: int | None = None
+
+    def __call__(self, images: Floats) -> Floats:
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds and what its runtime makes of it on this machine.
+
+    bytes: the file. weight_bytes: its constants; the rest describes the graph. weights: numbers in weights of
+    convolutions and linears. operators: how many the runtime executes. int8_operators: how many of them compute in int8,
+    None where the runtime does not tell. float_operators: names and counts of those that compute in float. delegated:
+    the share of operators on the runtime's fast path, None where there is only one path.
+    """
+
+    bytes: int
+    weight_bytes: int
+    weights: int
+    operators: int
+    int8_operators: int | None
+    float_operators: dict[str, int]
+    delegated: float | None = None
+
+    @property
+    def description_bytes(self) -> int:
+        return self.bytes - self.weight_bytes

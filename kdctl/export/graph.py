@@ -5,9 +5,11 @@ Shapes: N batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,16 @@ class Graph:
         return numpy_helper.to_array(self.constants[name]) if name in self.constants else None
 
     def add_constant(self, name: str, value: NDArray[Any]) -> str:
-        self.proto.initializer.append(numpy_helper.from_array(value, name))
-        self.constants[name] = self.proto.initializer[-1]
-        return name
+        return self.add_tensor(numpy_helper.from_array(value, name))
+
+    def add_tensor(self, tensor: onnx.TensorProto) -> str:
+        self.proto.initializer.append(tensor)
+        self.constants[tensor.name] = self.proto.initializer[-1]
+        return tensor.name
+
+    def add_nodes(self, *nodes: onnx.NodeProto) -> None:
+        """Puts nodes at the end, wherever their inputs are made: see `sort`."""
+        self.proto.node.extend(nodes)
 
     def replace(self, old: onnx.NodeProto, new: list[onnx.NodeProto]) -> None:
         """Puts nodes in the place of one; they must make what it made."""
@@ -67,21 +76,28 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ exact rewrites
 
 
-def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
+def simplify(model: onnx.ModelProto, fixed: Collection[str] = ()) -> onnx.ModelProto:
     """Rewrites that change no output beyond rounding and leave runtimes fewer and better supported operators.
 
     The scale of the input normalisation goes into the first convolution, a mean over pixels becomes a global pooling,
     and a strided slice with zero channels around it (a shortcut without parameters) becomes a 1x1 convolution, so that
-    a residual network is convolutions and sums throughout.
+    a residual network is convolutions and sums throughout. fixed: paths of layers whose weights stay as they are.
     """
     model = onnx.shape_inference.infer_shapes(model)
     shapes = {v.name: _dims(v) for v in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
     for rewrite in (_fold_scale, _pool_mean, _convolve_shortcut):
         for node in list(model.graph.node):
+            if rewrite is _fold_scale and fixed and _feeds(Graph(model), node, fixed):
+                continue
             rewrite(Graph(model), node, shapes)
     prune(model)
     onnx.checker.check_model(model)
     return model
+
+
+def _feeds(graph: Graph, node: onnx.NodeProto, layers: Collection[str]) -> bool:
+    """Whether one of some layers reads what a node makes."""
+    return any(len(r.input) > 1 and layer_path(r) in layers for r in graph.readers(node.output[0]))
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
@@ -170,6 +186,24 @@ def _pixel_steps(graph: Graph, node: onnx.NodeProto) -> list[int] | None:
     return steps
 
 
+def sort(model: onnx.ModelProto) -> None:
+    """Puts every node behind those that make its inputs, as ONNX wants it, and else leaves the order as it is."""
+    made = {tensor.name for tensor in model.graph.initializer} | {v.name for v in model.graph.input} | {""}
+    waiting = [copy.deepcopy(node) for node in model.graph.node]
+    sorted_nodes: list[onnx.NodeProto] = []
+    while waiting:
+        later: list[onnx.NodeProto] = []
+        for node in waiting:
+            ready = all(name in made for name in node.input)
+            (sorted_nodes if ready else later).append(node)
+            made.update(node.output if ready else ())
+        if len(later) == len(waiting):
+            raise KdctlError("the graph goes in a circle, or reads what nobody makes")
+        waiting = later
+    del model.graph.node[:]
+    model.graph.node.extend(sorted_nodes)
+
+
 def prune(model: onnx.ModelProto) -> None:
     """Drops nodes whose outputs nobody reads, then constants nobody reads."""
     graph = model.graph
@@ -183,6 +217,91 @@ def prune(model: onnx.ModelProto) -> None:
     kept = [t for t in graph.initializer if t.name in read]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_SHAPED = ("Cast", "Mul", "Reshape", "Transpose", "DequantizeLinear")
+"""What may stand between a stored weight and the operator that takes it."""
+
+
+def name_weights(model: onnx.ModelProto, parameters: dict[str, NDArray[Any]]) -> None:
+    """Gives a weight that was stored transposed (of a MatMul) the name of its parameter back."""
+    graph = Graph(model)
+    flipped = {(p.T.shape, p.T.tobytes()): name for name, p in parameters.items() if p.ndim == 2}
+    for node in model.graph.node:
+        if node.op_type != "MatMul" or (value := graph.constant(node.input[1])) is None:
+            continue
+        name = flipped.get((value.shape, value.tobytes()))
+        if name is not None and name not in graph.constants:
+            old = node.input[1]
+            graph.constants[name] = graph.constants.pop(old)
+            graph.constants[name].name = name
+            graph.redirect(old, name)
+
+
+def weights(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """The stored weights of convolutions and linears, by name, whatever number format they are in."""
+    graph = Graph(model)
+    found = {}
+    for node in model.graph.node:
+        if node.op_type in (*LINEAR, "MatMulInteger", "ConvInteger"):
+            name = node.input[1]
+            while name not in graph.constants and name in graph.makers and graph.makers[name].op_type in _SHAPED:
+                name = graph.makers[name].input[0]
+            if name in graph.constants:
+                found[name] = graph.constants[name]
+    return found
+
+
+def layers(model: onnx.ModelProto, wrapped: str = "net.") -> dict[str, list[onnx.NodeProto]]:
+    """The nodes of convolutions and linears with constant weights, by the path of their module in the net.
+
+    wrapped: what stands before the paths where the net is inside a Model.
+    """
+    graph = Graph(model)
+    found: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        if node.op_type in LINEAR and node.input[1] in graph.constants:
+            found.setdefault(layer_path(node, wrapped), []).append(node)
+    return found
+
+
+def layer_path(node: onnx.NodeProto, wrapped: str = "net.") -> str:
+    """The path of the module that a convolution's or linear's weight belongs to."""
+    return node.input[1].removeprefix(wrapped).removesuffix(".weight")
+
+
+def plain(node: onnx.NodeProto) -> bool:
+    """Whether a linear is x W + b, with no factors and its input as it comes."""
+    said = attributes(node)
+    return said.get("alpha", 1) == 1 and said.get("beta", 1) == 1 and not said.get("transA", 0)
+
+
+def channel_axis(node: onnx.NodeProto, dimensions: int) -> int:
+    """The axis of a weight's output channels."""
+    if node.op_type == "Gemm":
+        return 0 if attributes(node).get("transB", 0) else 1
+    return {"Conv": 0, "ConvTranspose": 1, "MatMul": dimensions - 1}[node.op_type]
+
+
+def int4(name: str, levels: NDArray[np.int8]) -> onnx.TensorProto:
+    """A constant of 4-bit integers, two a byte (opset 21)."""
+    return helper.make_tensor(name, onnx.TensorProto.INT4, levels.shape, levels.reshape(-1).tolist())
+
+
+def constant_size(tensor: onnx.TensorProto) -> int:
+    """How many numbers a constant holds."""
+    return int(np.prod(tensor.dims, dtype=np.int64))
+
+
+def constant_bytes(tensor: onnx.TensorProto) -> int:
+    """How many bytes a constant takes in the file."""
+    packed = tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    if packed:
+        return (constant_size(tensor) + 1) // 2
+    return constant_size(tensor) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 # --------------------------------------------------------------------------------------------------------- small files

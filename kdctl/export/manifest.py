@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kdctl import __version__, runs
 from kdctl.errors import KdctlError, MissingError
-from kdctl.export.onnx import OnnxPredictor, preprocessing
+from kdctl.export.base import FilePredictor
 
 NAME = "manifest.json"
 
 
-def describe(predictor: OnnxPredictor, *, target: str, variant: str, files: Sequence[Path]) -> dict[str, Any]:
-    """The manifest of files that lie in one folder, opened by `predictor`."""
+def describe(
+    predictor: FilePredictor, *, target: str, variant: str, model: str, source: str, folder: Path
+) -> dict[str, Any]:
+    """The manifest of the files in a folder.
+
+    predictor: opens `model`, which is one of them (or the stem of two). source: the stage whose model it was made of.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME)
     shape = list(predictor.image_shape)
     return {
         "format": 1,
@@ -23,7 +28,8 @@ def describe(predictor: OnnxPredictor, *, target: str, variant: str, files: Sequ
         "target": target,
         "variant": variant,
         "runtime": predictor.runtime,
-        "model": predictor.path.name,
+        "model": model,
+        "source": source,
         "inputs": [{
             "name": predictor.input, "shape": [predictor.fixed_batch or "batch", *shape], "dtype": "float32",
             "layout": "NCHW",
@@ -34,8 +40,15 @@ def describe(predictor: OnnxPredictor, *, target: str, variant: str, files: Sequ
         }],
         "preprocessing": preprocessing(predictor.image_shape),
         "class_names": predictor.class_names,
-        "files": [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in files],
+        "files": [
+            {"name": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
+        ],
     }  # fmt: skip
+
+
+def preprocessing(image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What a file expects of its caller, and what it does itself."""
+    return {"layout": "NCHW", "dtype": "float32", "range": [0, 1], "shape": list(image_shape), "normalize": "inside"}
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -45,10 +58,12 @@ def verify(folder: Path) -> dict[str, Any]:
         raise MissingError(f"{folder} is not an artefact: it has no {NAME}", hint="kdctl compress makes one")
     try:
         manifest: dict[str, Any] = runs.read_json(path)
-        files = [(folder / Path(entry["name"]).name, entry["sha256"]) for entry in manifest["files"]]
+        files = [(folder / entry["name"], entry["sha256"]) for entry in manifest["files"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise KdctlError(f"{path} is damaged: it lacks {error}", hint="make the artefact again") from error
     for file, expected in files:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise KdctlError(f"{path} names {file}, which lies outside of the artefact", hint="make the artefact again")
         if not file.is_file():
             raise MissingError(f"{file} is not there, but {NAME} names it", hint="make the artefact again")
         if sha256(file) != expected:

@@ -15,7 +15,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from kdctl.config.types import PositiveInt
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
-from kdctl.export.base import Exporter
+from kdctl.export.base import Contents, Exporter, FilePredictor, Quantization
+from kdctl.export.manifest import preprocessing
 
 if TYPE_CHECKING:
     import onnx
@@ -33,37 +34,65 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 INPUT, OUTPUT = "images", "logits"
+INT4_OPSET = 21
+"""The first version of the operator set with 4-bit integers."""
 
 
 class Onnx(Exporter):
-    """ONNX in fp32, run by ONNX Runtime.
+    """ONNX, run by ONNX Runtime: fp32, or int8, int4, fp16 or bf16 by a quantize stage.
 
-    opset: version of the operator set; 20 is what every current runtime reads.
+    opset: version of the operator set; 20 is what every current runtime reads. int4 takes 21.
     """
 
     target = "onnx"
     file_name = "model.onnx"
+    quantizations = ("int8-static", "int8-dynamic", "int8-weight_only", "int4-weight_only", "fp16", "bf16")
 
     def __init__(self, *, opset: PositiveInt = 20) -> None:
         if not 18 <= opset <= 22:
             raise ConfigError(Problem(f"opset is {opset}; it can be 18 to 22", key="opset"))
         self.opset = opset
 
-    def variant(self) -> str:
-        return "onnx-fp32"
+    def convert(
+        self,
+        model: nn.Module,
+        image_shape: tuple[int, int, int],
+        out: Path,
+        metadata: dict[str, Any],
+        quantization: Quantization | None = None,
+    ) -> None:
+        """Writes the model to `out`, with `metadata` in the file; in fp32 without a quantization.
 
-    def convert(self, model: nn.Module, image_shape: tuple[int, int, int], out: Path, metadata: dict[str, Any]) -> None:
-        """Writes the model to `out`, with `metadata` in the file. Raises KdctlError where it has no ONNX form."""
+        Raises KdctlError where the model has no ONNX form or the calibration images do not fit it.
+        """
         from kdctl.export import graph
 
-        proto = to_graph(model, image_shape, self.opset)
+        self.check(quantization)
+        learned = {} if quantization is None else quantization.learned
+        int4 = any(layer.weight_bits <= 4 for layer in learned.values())
+        if int4 or (quantization is not None and quantization.dtype == "int4"):
+            opset = max(self.opset, INT4_OPSET)
+        else:
+            opset = self.opset
+        proto = to_graph(model, image_shape, opset, learned)
+        about: dict[str, Any] = {"preprocessing": preprocessing(image_shape)}
+        if quantization is not None:
+            about["quantization"] = _quantize(proto, image_shape, quantization)
         graph.strip(proto)
-        graph.write(proto, out, {"preprocessing": preprocessing(image_shape), **metadata})
+        if quantization is not None:
+            graph.shorten(proto)
+        graph.write(proto, out, about | metadata)
 
 
-def preprocessing(image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What the file expects of its caller, and what it does itself."""
-    return {"layout": "NCHW", "dtype": "float32", "range": [0, 1], "shape": list(image_shape), "normalize": "inside"}
+def _quantize(proto: onnx.ModelProto, image_shape: tuple[int, int, int], how: Quantization) -> dict[str, Any]:
+    """Quantises a graph in place; returns what the file says of it."""
+    from kdctl.export import onnx_int8, onnx_weights
+
+    if how.mode == "static" and how.dtype == "int8":
+        return onnx_int8.static(proto, image_shape, how)
+    if how.mode == "dynamic" and how.dtype == "int8":
+        return onnx_weights.dynamic(proto, how)
+    return onnx_weights.weight_only(proto, how)
 
 
 def record_metadata(record: dict[str, Any]) -> dict[str, Any]:
@@ -72,8 +101,13 @@ def record_metadata(record: dict[str, Any]) -> dict[str, Any]:
     return {"record": rest, "class_names": record.get("class_names", [])}
 
 
-def to_graph(model: nn.Module, image_shape: tuple[int, int, int], opset: int = 20) -> onnx.ModelProto:
-    """The model's ONNX graph: fp32, eval mode, any batch size, simplified. The model itself is left as it is."""
+def to_graph(
+    model: nn.Module, image_shape: tuple[int, int, int], opset: int = 20, fixed: Collection[str] = ()
+) -> onnx.ModelProto:
+    """The model's ONNX graph: fp32, eval mode, any batch size, simplified. The model itself is left as it is.
+
+    fixed: paths of layers whose weights stay as they are; in other layers what scales their input is folded.
+    """
     import torch
 
     from kdctl.export import graph
@@ -94,7 +128,9 @@ def to_graph(model: nn.Module, image_shape: tuple[int, int, int], opset: int = 2
             hint="the forward pass must be traceable by torch.export with any batch size",
         ) from error
     assert program is not None  # dynamo=True always gives a program
-    return graph.simplify(program.model_proto)
+    proto = graph.simplify(program.model_proto, fixed)
+    graph.name_weights(proto, {name: tensor.numpy() for name, tensor in copied.state_dict().items()})
+    return proto
 
 
 @contextlib.contextmanager
@@ -117,13 +153,8 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class OnnxPredictor:
-    """An ONNX file in ONNX Runtime on the CPU.
-
-    runtime: name and version. image_shape: (C, H, W). fixed_batch: the only batch size it takes, None for any.
-    class_names, metadata: as stored in the file. threads: how many it computes with.
-    Called with float32 images (N, C, H, W) in [0, 1]; returns float32 logits (N, C).
-    """
+class OnnxPredictor(FilePredictor):
+    """An ONNX file in ONNX Runtime on the CPU. threads: how many it computes with, all cores without."""
 
     def __init__(self, path: Path | str, threads: int | None = None) -> None:
         import onnxruntime
@@ -132,23 +163,47 @@ class OnnxPredictor:
         self.threads = threads or _available_cores()
         self.session = open_session(self.path, self.threads)
         self.runtime = f"onnxruntime {onnxruntime.__version__}"
-        self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
+        self.metadata = {k: _value(v) for k, v in self.session.get_modelmeta().custom_metadata_map.items()}
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         shape = inputs[0].shape if len(inputs) == 1 else []
         if len(shape) != 4 or not all(isinstance(d, int) for d in shape[1:]) or len(outputs[0].shape) != 2:
             raise KdctlError(f"{path} does not take images (N, C, H, W) and give logits (N, classes)")
         self.input, self.output = inputs[0].name, outputs[0].name
-        self.fixed_batch: int | None = shape[0] if isinstance(shape[0], int) else None
-        self.image_shape: tuple[int, int, int] = (shape[1], shape[2], shape[3])
+        self.fixed_batch = shape[0] if isinstance(shape[0], int) else None
+        self.image_shape = (shape[1], shape[2], shape[3])
         self.num_classes = int(outputs[0].shape[1])
-        self.class_names: list[str] = json.loads(self.metadata.get("class_names", "[]"))
+        self.class_names = list(self.metadata.get("class_names", []))
 
     def __call__(self, images: Floats) -> Floats:
         if images.ndim != 4 or images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise KdctlError(f"{self.path.name} takes images (N, {expected}); these are {tuple(images.shape)}")
-        logits: Floats = self.session.run([self.output], {self.input: np.ascontiguousarray(images, np.float32)})[0]
+        images = np.ascontiguousarray(images, np.float32)
+        if self.fixed_batch is None or len(images) == self.fixed_batch:
+            return self._run(images)
+        return in_turns(self._run, images, self.fixed_batch)
+
+    def _run(self, images: Floats) -> Floats:
+        logits: Floats = self.session.run([self.output], {self.input: images})[0]
         return logits
+
+
+def in_turns(run: Predicts, images: Floats, size: int) -> Floats:
+    """Logits of any number of images from something that takes exactly `size` at a time; the last turn is filled up."""
+    logits = []
+    for start in range(0, len(images), size):
+        turn = images[start : start + size]
+        filled = np.concatenate([turn, np.repeat(turn[-1:], size - len(turn), axis=0)])
+        logits.append(run(filled)[: len(turn)])
+    return np.concatenate(logits)
+
+
+def _value(text: str) -> Any:
+    """A value of the metadata: what was no text had been written as JSON."""
+    try:
+        return json.loads(text) if text[:1] in ("{", "[") else text
+    except ValueError:
+        return text
 
 
 def open_predictor(path: Path | str, threads: int | None = None) -> OnnxPredictor:
@@ -205,51 +260,44 @@ def check_parity(a: Predicts, b: Predicts, images: Floats, batch_size: int = 256
     return Parity(largest, 100.0 * same / len(images), len(images))
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What an ONNX file holds and what ONNX Runtime makes of it on this machine.
-
-    bytes: the file. weight_bytes: its constants; the rest describes the graph. weights: numbers in weights of
-    convolutions and linears. operators: how many ONNX Runtime executes. int8_operators: how many of them compute in
-    int8. float_operators: names and counts of those that compute in float.
-    """
-
-    bytes: int
-    weight_bytes: int
-    weights: int
-    operators: int
-    int8_operators: int
-    float_operators: dict[str, int]
-
-    @property
-    def description_bytes(self) -> int:
-        return self.bytes - self.weight_bytes
-
-
 _MOVES = {
     "QuantizeLinear", "DequantizeLinear", "ReorderInput", "ReorderOutput", "Transpose", "Flatten", "Reshape", "Squeeze",
     "Unsqueeze", "Slice", "Split", "Concat", "Pad", "Gather", "Shape", "Identity", "MaxPool",
 }  # fmt: skip
 """Operators that move or convert numbers and compute nothing with them."""
-_INT8 = ("QLinear", "QGemm", "MatMulInteger", "DynamicQuantize", "Nhwc")
+_INT8 = ("QLinear", "QGemm", "MatMulInteger", "DynamicQuantize", "Nhwc", "QClip")
+
+
+def _operators(optimized: onnx.ModelProto) -> Counter[str]:
+    """The operators of an optimised graph by name; a Clip of 8-bit levels (activations of fewer bits) is a QClip."""
+    from onnx import TensorProto
+
+    eight_bits = (TensorProto.UINT8, TensorProto.INT8)
+    levels = {tensor.name for tensor in optimized.graph.initializer if tensor.data_type in eight_bits}
+
+    def name(node: onnx.NodeProto) -> str:
+        return "QClip" if node.op_type == "Clip" and levels & set(node.input) else node.op_type
+
+    return Counter(name(node) for node in optimized.graph.node)
 
 
 def inspect(path: Path) -> Contents:
     """Reads a file's sizes, and which operators it becomes once ONNX Runtime has optimised it."""
     import onnx
-    from onnx import numpy_helper
+
+    from kdctl.export import graph
 
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         open_session(path, optimized=optimized)
-        executed = Counter(node.op_type for node in onnx.load(optimized).graph.node)
-    constants = [numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer]
+        executed = _operators(onnx.load(optimized))
+    proto = onnx.load(path)
     int8 = {name for name in executed if name.startswith(_INT8)}
     floats = {name: n for name, n in executed.items() if name not in int8 | _MOVES}
     return Contents(
         bytes=path.stat().st_size,
-        weight_bytes=sum(c.nbytes for c in constants),
-        weights=sum(c.size for c in constants if c.ndim >= 2),
+        weight_bytes=sum(graph.constant_bytes(tensor) for tensor in proto.graph.initializer),
+        weights=sum(graph.constant_size(tensor) for tensor in graph.weights(proto).values()),
         operators=sum(executed.values()),
         int8_operators=sum(executed[name] for name in int8),
         float_operators=floats,

@@ -8,6 +8,8 @@ METHODS = {
     "simkd": ("simkd:SimKD", "the student's features under the teacher's classifier (Chen et al., CVPR 2022)"),
     "data_free": ("data_free:DataFree", "images are synthesised from the teacher: no data needed"),
     "few_sample": ("few_sample:FewSample", "layers aligned by least squares on a few samples (Li et al., CVPR 2020)"),
+    "qat": ("qat:QAT", "weights and inputs rounded in training, steps learned (Esser et al., ICLR 2020)"),
+    "sparse": ("sparse:Sparse", "more and more weights become zero and stay zero (Zhu & Gupta, 2018)"),
     "dot": ("dot:DOT", "a momentum of its own for the teacher's gradient (Zhao et al., ICCV 2023)"),
 }
 

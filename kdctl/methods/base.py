@@ -40,7 +40,7 @@ class Parts:
 
     student: on the device. teacher: None where there is none. terms: set up. frozen: module paths of the student that
     do not train. compile: whether the student's forward pass is compiled. steps_per_epoch: of the method's own loader.
-    precision: the arithmetic of training, for what a method computes outside of `step`.
+    precision: the arithmetic of training, for what a method computes outside of `step`. epochs: of the stage.
     """
 
     student: Model
@@ -52,6 +52,7 @@ class Parts:
     compile: bool = False
     steps_per_epoch: int = 1
     precision: str = "fp32"
+    epochs: int = 1
 
 
 class Method:
@@ -150,6 +151,10 @@ class Method:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a saved state."""
+
+    def ready(self) -> bool:
+        """Whether the student could be shipped as it is: until then no epoch is the best one."""
+        return True
 
     def finalize(self) -> Model:
         """The model to ship, without adapters."""

@@ -58,6 +58,7 @@ MODELS: dict[str, tuple[str, str] | tuple[str, str, dict[str, Any]]] = {
     "digits_cnn": ("small:DigitsCNN", "small convolutional net for digits (8x8 or 28x28)"),
     "lenet5": ("small:LeNet5", "LeNet-5 for digits of 28x28 pixels, of any width, with or without batch norm"),
     "mlp": ("small:MLP", "multilayer perceptron over the flattened image"),
+    "tiny_transformer": ("tiny_transformer:TinyTransformer", "small vision transformer over patches of small images"),
     "reused_head": ("reused_head:ReusedHead", "the first part of a net under another's classifier (what simkd ships)"),
 }
 

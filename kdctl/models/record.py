@@ -25,7 +25,10 @@ from torch.nn import functional as F
 
 from kdctl import registry, runs
 from kdctl.errors import ConfigError, MissingError, Problem
+from kdctl.models import structure
 from kdctl.models.weights import assign, parse_safetensors
+from kdctl.quant import fake
+from kdctl.quant.learned import Learned
 from kdctl.signals import find_logits
 
 FORMAT = 1
@@ -49,6 +52,8 @@ class ModelRecord:
     input_size: int | None = None
     class_order: list[int] | None = None
     """For each class of the data the net's own number of it, -1 where it has none; None where they are the same."""
+    structure: list[dict[str, Any]] | None = None
+    """What compression changed of the net that the class builds (models/structure.py), in order."""
 
     @property
     def num_logits(self) -> int:
@@ -70,7 +75,10 @@ class ModelRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as a JSON document."""
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        document = {"format": FORMAT, **dataclasses.asdict(self)}
+        if self.structure is None:
+            del document["structure"]
+        return document
 
     @classmethod
     def from_dict(cls, document: Any, file: str | None = None) -> ModelRecord:
@@ -158,6 +166,7 @@ def build_model(record: ModelRecord, base: Path | None = None) -> Model:
     named = {*registry.signature(component).parameters, *inspect.signature(registry.load(component)).parameters}
     given = {name: value for name, value in offered.items() if name in named}
     net = registry.create("models", record.kind, record.arguments, base, **given)
+    structure.apply(net, record.structure or [])
     return Model(net, record, base)
 
 
@@ -186,6 +195,16 @@ def load_model(path: Path) -> Model:
     model = build_model(record, base=stem.parent)
     assign(model.net, parse_safetensors(data, weights), str(weights))
     return model.eval()
+
+
+def released(model: Model) -> tuple[Model, dict[str, Learned]]:
+    """A model that learnt to be quantised without its fake quantisation, and by layer what it learnt.
+
+    The weights of the plain model lie on the learnt grids; what other compression did to it stays recorded.
+    """
+    net, learned = fake.release(model.net)
+    edits = [edit for edit in model.record.structure or [] if edit["edit"] != "fake_quant"]
+    return Model(net, dataclasses.replace(model.record, structure=edits), model.base).eval(), learned
 
 
 def _stem(path: Path) -> Path:

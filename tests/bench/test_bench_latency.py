@@ -42,14 +42,14 @@ OPENERS = """
     def good(name, log, threads):
         return Predictor(name, log, threads)
 
-    def fixed(threads):
-        predictor = Predictor("f", os.devnull, threads)
-        predictor.fixed_batch = 2
-        return predictor
-
     def hungry(megabytes, threads):
         predictor = Predictor("h", os.devnull, threads)
         np.ones(megabytes * 2**17)
+        return predictor
+
+    def asks(threads):
+        predictor = Predictor("a", os.devnull, threads)
+        predictor.runtime = str(os.environ.get("OTHER"))
         return predictor
 
     def raises(threads):
@@ -97,6 +97,18 @@ def test_a_comparison_is_interleaved(tmp_path):
     assert turns == ["a1", "b1", "a1", "b1"]  # three turns: a b, b a, a b
 
 
+def test_a_cell_runs_in_another_interpreter(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nOTHER=yes exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    here, there = measure(
+        [Cell("here", "openers:asks"), Cell("there", "openers:asks", python=str(python))], seconds=0.1
+    )
+    assert (here.runtime, there.runtime) == ("None", "yes")
+    with pytest.raises(KdctlError, match=r"x cannot be timed: .*nowhere: No such file"):
+        measure([Cell("x", "openers:asks", python=str(tmp_path / "nowhere"))])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_the_cells_own(tmp_path):
     mine = np.ones(300 * 2**17)
@@ -111,7 +123,6 @@ def test_memory_is_the_cells_own(tmp_path):
     [
         ("raises", "x cannot be timed: RuntimeError: no such runtime"),
         ("dies", "x cannot be timed: its process ended with code 9: out of luck"),
-        ("fixed", "it takes batches of 2 only, not of 1"),
         ("missing", "has no attribute 'missing'"),
     ],
 )

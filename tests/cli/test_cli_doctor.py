@@ -6,9 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kdctl.cli import app, doctor
+from kdctl.export import one_layer
+from kdctl.export.torchscript import TorchScriptPredictor
 
 
 class Finished:
@@ -19,6 +22,10 @@ class Finished:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         return self.output, self.errors
+
+
+def ended(code: int, output: str = "", errors: str = "") -> doctor.Outcome:
+    return doctor._finish(Finished(code, output, errors))
 
 
 NMS = "Traceback\nRuntimeError: operator torchvision::nms does not exist"
@@ -38,24 +45,24 @@ def versions(monkeypatch):
 
 def test_torchvision_that_works(versions):
     versions(torch="2.13.0+cpu", torchvision="0.28.0+cpu")
-    assert doctor._torchvision(Finished(0, "its operators run\n"))["status"] == "ok"
+    assert doctor._torchvision(ended(0, "its operators run\n"))["status"] == "ok"
 
 
 def test_torchvision_made_for_cuda_beside_a_cpu_torch(versions):
     versions(torch="2.13.0+cpu", torchvision="0.28.0")
-    check = doctor._torchvision(Finished(1, "", NMS))
+    check = doctor._torchvision(ended(1, "", NMS))
     assert check["status"] == "warn" and "CUDA build beside a CPU torch" in check["detail"]
 
 
 def test_torchvision_made_for_another_torch(versions):
     versions(torch="2.13.0+cpu", torchvision="0.26.0", pinned="2.11.0")
-    check = doctor._torchvision(Finished(1, "", NMS))
+    check = doctor._torchvision(ended(1, "", NMS))
     assert check["status"] == "fail" and "made for torch 2.11.0" in check["detail"] and "torch==2.11.0" in check["fix"]
 
 
 def test_torchvision_that_breaks_otherwise(versions):
     versions(build="CUDA 13.0 build", torch="2.13.0", torchvision="0.28.0")
-    check = doctor._torchvision(Finished(1, "", NMS))
+    check = doctor._torchvision(ended(1, "", NMS))
     assert check["status"] == "fail" and "nms does not exist" in check["detail"]
 
 
@@ -68,15 +75,47 @@ def test_missing_packages(versions):
 
 def test_torch_that_crashes(versions):
     versions(torch="2.13.0")
-    check = doctor._torch(Finished(-11))
-    assert check["status"] == "fail" and "code -11" in check["detail"]
+    check = doctor._torch(ended(-11))
+    assert check["status"] == "fail" and "ended by signal 11" in check["detail"]
 
 
 def test_a_gpu_that_torch_does_not_see(versions, monkeypatch):
     versions(build="CUDA 13.0 build", torch="2.13.0")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert doctor._torch(Finished(0, "no accelerator; 2 threads"))["status"] == "warn"
-    assert doctor._torch(Finished(0, "NVIDIA X; 2 threads"))["status"] == "ok"
+    assert doctor._torch(ended(0, "no accelerator; 2 threads"))["status"] == "warn"
+    assert doctor._torch(ended(0, "NVIDIA X; 2 threads"))["status"] == "ok"
+
+
+def test_targets_that_are_not_there(versions, monkeypatch):
+    versions(torch="2.13.0")
+    monkeypatch.delenv("KDCTL_LITERT_PYTHON", raising=False)
+    assert [doctor._installed(name) for name in ("onnx", "pt2", "openvino", "litert", "theirs")] == [
+        False, True, False, False, True,
+    ]  # fmt: skip
+    check = doctor._target("openvino", None)
+    assert check["status"] == "absent" and check["fix"] == "pip install 'kdctl[openvino]'"
+    check = doctor._target("onnx", None)
+    assert check["status"] == "fail" and check["fix"] == "pip install onnxruntime"
+    monkeypatch.setenv("KDCTL_LITERT_PYTHON", "python")
+    assert doctor._installed("litert")
+
+
+def test_targets_that_break(versions):
+    versions(torch="2.13.0", openvino="2026.4.1")
+    check = doctor._target("openvino", ended(-6, "", "Assertion failed"))
+    assert check["status"] == "broken" and "signal 6: Assertion failed" in check["detail"]
+    assert check["fix"] == "pip install --force-reinstall openvino"
+    assert doctor._target("pt2", ended(1, "", "off"))["status"] == "fail"
+    assert doctor._target("pt2", ended(0, "runs"))["detail"] == "runs"
+    assert "KDCTL_LITERT_PYTHON" in doctor._target("litert", ended(1, "", "off"))["fix"]
+
+
+def test_one_layer_through_a_target(monkeypatch, capsys):
+    assert one_layer.attempt("torchscript").endswith("runs a one-layer model")
+    monkeypatch.setattr(TorchScriptPredictor, "__call__", lambda self, images: np.zeros((len(images), 4), np.float32))
+    with pytest.raises(SystemExit) as ended:
+        one_layer.main("torchscript")
+    assert ended.value.code == 6 and "computes a linear layer wrongly" in capsys.readouterr().err
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch):
@@ -138,7 +177,15 @@ def test_exit_code_and_document(monkeypatch, capsys):
     assert app.run(["doctor", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     names = [check["name"] for check in document["checks"]]
-    assert document["ok"] and {"python", "torch", "onnxruntime", "processor", "disk"} <= set(names)
+    assert document["ok"] and {
+        "python",
+        "torch",
+        "onnxruntime",
+        "export onnx",
+        "export pt2",
+        "processor",
+        "disk",
+    } <= set(names)
     assert all(set(check) == {"name", "status", "detail", "fix"} for check in document["checks"])
     monkeypatch.setattr(doctor, "_start", lambda code: Finished(1, "", "broken"))
     assert app.run(["doctor", "--json"]) == 4

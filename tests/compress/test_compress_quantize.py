@@ -1,156 +1,136 @@
-"""Int8 of a trained network: nearly its accuracy, a third of its bytes, int8 operators throughout."""
+"""The quantize stage: which mode a model gets, what calibration takes, and layers that stay in fp32 to hold quality."""
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
-import onnx
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
-from torch.nn import functional as F
 
-from kdctl.compress import quantize
-from kdctl.compress.quantize import Quantize, take
-from kdctl.errors import KdctlError
-from kdctl.export.onnx import Onnx, OnnxPredictor, inspect
+from kdctl.compress.base import Workbench
+from kdctl.compress.quantize import Quantize, convolution_share, fewest, matching, take
+from kdctl.compress.sensitivity import sensitivities
+from kdctl.errors import ConfigError, KdctlError
+from kdctl.export.onnx import OnnxPredictor, inspect
+from kdctl.models.record import Model, ModelRecord
+from kdctl.quant import fake
 
 SHAPE = (1, 8, 8)
 
 
 class Net(nn.Module):
-    """A residual network with a shortcut without parameters; 57,000 weights."""
+    """Two convolutions and a linear. `rough`'s weights have one outlier each, which leaves the others few levels."""
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        self.conv1 = nn.Sequential(nn.Conv2d(32, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
-        self.conv2 = nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64))
-        self.fc = nn.Linear(64, 10)
+        torch.manual_seed(0)
+        self.fine = nn.Conv2d(1, 8, 3, 1, 1)
+        self.rough = nn.Conv2d(8, 8, 3, 1, 1)
+        self.fc = nn.Linear(8 * 16, 10)
+        with torch.no_grad():
+            self.rough.weight[:, 0, 0, 0] = 12.0
+            self.fine.weight[0] = 0
+            self.fine.bias[0] = 0.01  # what the outliers meet
 
     def forward(self, images):
-        x = self.stem((images - 0.3) / 0.38)
-        x = F.relu(self.conv2(self.conv1(x)) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 16, 16)))
-        return self.fc(x.mean((2, 3)) * 2.0)
+        return self.fc(self.rough(self.fine(images).relu()).relu()[:, :, ::2, ::2].flatten(1))
+
+
+class Linears(nn.Module):
+    """A small convolution and large linears."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(1, 1, 3, 1, 1)
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 10)
+
+    def forward(self, images):
+        return self.down(self.up(self.conv(images).flatten(1)).relu())
+
+
+def model_of(net):
+    names = [str(i) for i in range(10)]
+    return Model(net, ModelRecord("net", {}, 10, names, list(SHAPE))).eval()
+
+
+def bench(model, images):
+    """A workbench whose quality is the SQNR of the logits against the model's own, in decibels, up to 60."""
+    with torch.no_grad():
+        reference = model(torch.from_numpy(images)).numpy()
+
+    def quality(predictor):
+        noise = float(((predictor(images) - reference) ** 2).sum())
+        return 60.0 if noise == 0 else min(60.0, 10 * np.log10((reference**2).sum() / noise))
+
+    def stream():
+        yield from np.array_split(images, 4)
+
+    return Workbench(task=None, images=stream, batches=None, quality=quality, say=lambda _: None)
 
 
 @pytest.fixture(scope="module")
-def digits():
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
-    images = (data.images[order, None] / 16).astype(np.float32)
-    return images[:1200], data.target[order][:1200], images[1200:], data.target[order][1200:]
+def images():
+    return np.random.default_rng(0).random((64, *SHAPE), dtype=np.float32)
 
 
-@pytest.fixture(scope="module")
-def net(digits):
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    net, (x, y, *_) = Net(), map(torch.from_numpy, digits)
-    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
-    for _ in range(4):
-        for rows in torch.randperm(len(x)).split(50):
-            optimizer.zero_grad()
-            F.cross_entropy(net(x[rows]), y[rows]).backward()
-            optimizer.step()
-    return net.eval()
+def convert(stage, net, images, tmp_path, **more):
+    model = model_of(net)
+    out = tmp_path / "model.onnx"
+    details = stage.convert(model, bench(model, images), SHAPE, out, {"class_names": list("0123456789")}, **more)
+    return out, details
 
 
-def batches(images):
-    return [images[i : i + 100] for i in range(0, len(images), 100)]
+# ---------------------------------------------------------------------------------------------------------------- modes
 
 
-@pytest.fixture(scope="module")
-def folder(net, digits, tmp_path_factory):
-    """fp32.onnx and an int8 file for each way of calibration."""
-    folder = tmp_path_factory.mktemp("int8")
-    metadata = {"class_names": [str(i) for i in range(10)]}
-    Onnx().convert(net, SHAPE, folder / "fp32.onnx", metadata)
-    for method in ("minmax", "percentile", "entropy"):
-        stage = Quantize(calibration=method, samples=150)
-        stage.convert(net, batches(digits[0]), SHAPE, folder / f"{method}.onnx", metadata)
-    return folder
+def test_convolutions_are_static_and_linears_dynamic(images, tmp_path):
+    out, details = convert(Quantize(samples=20), Net(), images, tmp_path)
+    predictor = OnnxPredictor(out, 1)
+    assert details == {"dtype": "int8", "mode": "static", "target": "onnx", "kept": []}
+    assert predictor.metadata["quantization"]["samples"] == 20
+    assert predictor.class_names[3] == "3"
+    out, details = convert(Quantize(), Linears(), images, tmp_path)
+    assert details["mode"] == "dynamic" and inspect(out).int8_operators >= 2
 
 
-def top1(path, digits):
-    predictor = OnnxPredictor(path, threads=1)
-    return 100 * float((predictor(digits[2]).argmax(1) == digits[3]).mean())
+def test_convolution_share():
+    assert convolution_share(model_of(Linears()), SHAPE) == pytest.approx(576 / (576 + 64 * 256 + 2560))
+    assert convolution_share(model_of(nn.Flatten()), SHAPE) == 0
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
-def test_accuracy_is_kept(folder, digits, method):
-    fp32 = top1(folder / "fp32.onnx", digits)
-    assert fp32 > 95
-    assert abs(top1(folder / f"{method}.onnx", digits) - fp32) <= 0.6  # three of 597 images
+@pytest.mark.parametrize(
+    ("dtype", "mode"), [("int4", "weight_only"), ("fp16", "weight_only"), ("bf16", "weight_only"), ("int8", "static")]
+)
+def test_mode_of_other_dtypes(dtype, mode):
+    assert Quantize(dtype=dtype)._mode(model_of(Net()), SHAPE, False) == mode
 
 
-def test_logits_are_close_at_any_batch_size(folder, digits):
-    fp32, int8 = (OnnxPredictor(folder / f"{name}.onnx", threads=1) for name in ("fp32", "minmax"))
-    for n in (1, 3, 32):
-        expected = fp32(digits[2][:n])
-        assert 0 < np.abs(int8(digits[2][:n]) - expected).max() < 0.05 * np.abs(expected).max()
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"dtype": "int4", "mode": "static"}, "onnx files cannot be int4-static"),
+        ({"dtype": "fp16", "mode": "dynamic"}, "fp16 has no mode dynamic"),
+        ({"mode": "static", "group_size": 32}, "no groups"),
+        ({"target": "onxx"}, "onxx"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(arguments, match):
+    with pytest.raises(ConfigError, match=match):
+        Quantize(**arguments)
 
 
-def test_calibrations_differ(folder):
-    files = {name: (folder / f"{name}.onnx").read_bytes() for name in ("minmax", "percentile", "entropy")}
-    assert len(set(files.values())) == 3
+def test_learned_quantisation_is_taken_over(images, tmp_path):
+    net = Net()
+    net.rough = fake.wrap(net.rough, weight_bits=4, activation_bits=8, quantizer="plain")
+    fake.calibrate(net, lambda: net(torch.from_numpy(images)) is None, "minmax")
+    out, details = convert(Quantize(), net, images, tmp_path)
+    assert (details["mode"], details["learned"]) == ("static", 1)
+    assert OnnxPredictor(out, 1).metadata["quantization"]["learned"] == 1
+    assert bench(model_of(net), images).quality(OnnxPredictor(out, 1)) > 30  # its own logits, rounded weights and all
 
 
-def test_file_is_small_and_all_int8(folder, net):
-    int8, fp32 = inspect(folder / "minmax.onnx"), inspect(folder / "fp32.onnx")
-    weights = sum(p.numel() for p in net.parameters())
-    assert weights > 50_000
-    assert int8.bytes < 0.3 * 4 * weights < fp32.bytes
-    assert int8.description_bytes < 5_000
-    assert int8.float_operators == {"Sub": 1, "Mul": 1}  # with constants: the mean of the input, the factor
-    assert int8.int8_operators >= 7 and fp32.int8_operators == 0
-
-
-def test_weights_have_a_scale_a_channel(folder, net, digits, tmp_path):
-    def scales(path):
-        proto = onnx.load(path)
-        tensors = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
-        nodes = [n for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in tensors]
-        return {tensors[n.input[0]].shape: tensors[n.input[1]].size for n in nodes if tensors[n.input[0]].ndim == 4}
-
-    assert scales(folder / "minmax.onnx")[(64, 32, 3, 3)] == 64
-    Quantize(per_channel=False).convert(net, batches(digits[0]), SHAPE, tmp_path / "m.onnx", {})
-    assert scales(tmp_path / "m.onnx")[(64, 32, 3, 3)] == 1
-
-
-def test_logits_are_not_rounded_to_256_levels(folder, digits):
-    proto = onnx.load(folder / "minmax.onnx")
-    assert [node.op_type for node in proto.graph.node if "logits" in node.output] == ["Gemm"]
-    assert len(np.unique(OnnxPredictor(folder / "minmax.onnx", threads=1)(digits[2]))) > 256
-
-
-def test_sums_with_constants_stay_in_float():
-    nodes = [onnx.helper.make_node(op, ins, ["o"], name=op + ins[1]) for op in ("Add", "Mul") for ins in ("ab", "ac")]
-    made = onnx.helper.make_graph(nodes, "g", [], [], [onnx.numpy_helper.from_array(np.ones(1, np.float32), "c")])
-    assert quantize._in_float(onnx.helper.make_model(made)) == ["Addc", "Mulc"]
-
-
-def test_metadata(folder):
-    metadata = OnnxPredictor(folder / "entropy.onnx", threads=1).metadata
-    said = json.loads(metadata["quantization"])
-    assert said["calibration"] == "entropy" and said["samples"] == 150
-    assert json.loads(metadata["preprocessing"])["shape"] == list(SHAPE)
-    assert json.loads(metadata["class_names"])[3] == "3"
-
-
-def test_arm_gets_signed_activations(net, digits, tmp_path, monkeypatch):
-    def first_zero_point(path):
-        proto = onnx.load(path)
-        tensors = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
-        return tensors[next(n for n in proto.graph.node if n.op_type == "QuantizeLinear").input[2]].dtype
-
-    monkeypatch.setattr(quantize.platform, "machine", lambda: "x86_64")
-    assert quantize.activation_type() == "uint8"
-    monkeypatch.setattr(quantize.platform, "machine", lambda: "aarch64")
-    Quantize(samples=8).convert(net, batches(digits[0]), SHAPE, tmp_path / "m.onnx", {})
-    assert first_zero_point(tmp_path / "m.onnx") == np.int8
+# --------------------------------------------------------------------------------------------------------- calibration
 
 
 def test_takes_no_more_images_than_asked():
@@ -166,27 +146,64 @@ def test_takes_no_more_images_than_asked():
     assert seen == [0, 1, 2]
 
 
-def test_calibration_images_that_do_not_fit(net, tmp_path):
-    out = tmp_path / "m.onnx"
+def test_images_that_do_not_fit():
     with pytest.raises(KdctlError, match=r"calibration images are \(5, 3, 8, 8\); the model takes \(N, 1, 8, 8\)"):
-        Quantize().convert(net, [np.zeros((5, 3, 8, 8), np.float32)], SHAPE, out, {})
+        take([np.zeros((5, 3, 8, 8), np.float32)], 4, SHAPE)
     with pytest.raises(KdctlError, match="no calibration images"):
-        Quantize().convert(net, [], SHAPE, out, {})
-    assert list(tmp_path.iterdir()) == []
+        take([], 4, SHAPE)
 
 
-def test_broken_model_leaves_the_old_file(net, digits, tmp_path, capfd):
-    out = tmp_path / "m.onnx"
-    out.write_bytes(b"old")
-    broken = Net().eval()
-    broken.load_state_dict(net.state_dict())
-    with torch.no_grad():
-        broken.fc.weight[0, 0] = float("nan")
-    with pytest.raises(KdctlError, match="not finite"):
-        Quantize().convert(broken, batches(digits[0]), SHAPE, out, {})
-    assert out.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
-    assert capfd.readouterr() == ("", "")
+# ----------------------------------------------------------------------------------------------------- mixed precision
 
 
-def test_variant():
-    assert Quantize().variant() == "int8-static"
+def test_the_rough_layer_is_the_most_sensitive(images):
+    model = model_of(Net())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ranked = sensitivities(model, images)
+    assert ranked[0].path == "rough"
+    assert {layer.path: layer.weights for layer in ranked} == {"fine": 72, "rough": 576, "fc": 1280}
+    assert ranked[0].sqnr_db < ranked[1].sqnr_db - 6
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    alone = sensitivities(model, images, bits=4, activation_bits=None, skip=["rough"])
+    assert {layer.path for layer in alone} == {"fine", "fc"}
+    by_path = {layer.path: layer.sqnr_db for layer in ranked}
+    assert all(layer.sqnr_db < by_path[layer.path] - 6 for layer in alone)  # 4 bits
+
+
+def test_max_drop_keeps_the_worst_layer_in_fp32(images, tmp_path):
+    out, plain = convert(Quantize(), Net(), images, tmp_path)
+    assert plain["kept"] == [] and "quality_after" not in plain
+    _, details = convert(Quantize(), Net(), images, tmp_path, max_drop=26.0)
+    assert details["kept"] == ["rough"] and details["layers"] == 3
+    assert details["quality_before"] - details["quality_quantized"] > 26 >= 60 - details["quality_after"]
+    assert details["sensitivity"][0]["path"] == "rough"
+    model = model_of(Net())
+    assert bench(model, images).quality(OnnxPredictor(out, 1)) == pytest.approx(details["quality_after"])
+    assert inspect(out).float_operators == {"Conv": 2}  # with the one before, whose int8 kernel would round its input
+
+
+def test_max_drop_that_holds_keeps_nothing(images, tmp_path):
+    _, details = convert(Quantize(), Net(), images, tmp_path, max_drop=50.0)
+    assert details["kept"] == [] and "sensitivity" not in details
+    assert details["quality_after"] == details["quality_quantized"] < 60
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 20), (3, 20), (8, 20), (13, 20), (20, 20), (99, 20), (1, 1), (2, 3)])
+def test_fewest(least, most):
+    asked = []
+
+    def holds(count):
+        asked.append(count)
+        return count >= least
+
+    assert fewest(holds, most) == min(least, most)
+    assert len(asked) <= 10 and len(set(asked)) == len(asked)
+
+
+def test_globs_of_keep():
+    net = nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Linear(2, 2)), "b": nn.Linear(2, 2)})
+    assert matching(net, ["a"]) == {"a.0", "a.2"}
+    assert matching(net, ["*.0", "b"]) == {"a.0", "b"}
+    with pytest.raises(KdctlError, match="'c' matches no layer"):
+        matching(net, ["c"])
+    assert matching(net, []) == frozenset()

@@ -61,7 +61,8 @@ VALUES = [
     ("train: {epochs: 1e2}", "train.epochs", "got 100.0; allowed: a whole number", "write 100"),
     ("train: {epochs: '3'}", "train.epochs", "got '3'; allowed: a whole number", "remove the quotes"),
     ("train: {epochs: true}", "train.epochs", "got true; allowed: a whole number", None),
-    ("train: {epochs: 0}", "train.epochs", "got 0; allowed: a number > 0", None),
+    ("train: {epochs: -1}", "train.epochs", "got -1; allowed: a number >= 0", None),
+    ("train: {epochs: 0}", "train.epochs", "a student without weights has to be trained", "name its weights"),
     ("train: {epochs: [3]}", "train.epochs", "got a list of 1; allowed: a whole number", None),
     (
         "train: {precision: bf61}",

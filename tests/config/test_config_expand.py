@@ -127,9 +127,9 @@ def test_alpha_is_the_share_of_the_teacher(alpha, temperature):
 
 
 def test_the_shorthand_for_output(load):
-    stages = load(FULL).experiment.output_stages
+    stages = load(FULL).experiment.products
     assert [(s.kind, s.name) for s in stages] == [
-        ("quantize", "int8-static"), ("quantize", "int8-static-2"), ("quantize", "int8-static-3"), ("export", "onnx"),
+        ("quantize", "int8"), ("quantize", "int8-2"), ("quantize", "int8-3"), ("export", "onnx"),
     ]  # fmt: skip
     assert stages[2].arguments["calibration"] == "entropy" and stages[0].arguments["samples"] == 512
     assert stages[3].arguments == {"target": "onnx", "opset": 19}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 
 import numpy as np
 import onnx
@@ -72,8 +71,8 @@ def test_predictor_states_what_it_is(exported):
     assert (predictor.image_shape, predictor.num_classes, predictor.fixed_batch) == (SHAPE, 4, None)
     assert predictor.class_names == RECORD["class_names"]
     assert predictor.metadata["kdctl_version"] == __version__
-    assert json.loads(predictor.metadata["record"])["normalize"] == RECORD["normalize"]
-    assert json.loads(predictor.metadata["preprocessing"])["shape"] == list(SHAPE)
+    assert predictor.metadata["record"]["normalize"] == RECORD["normalize"]
+    assert predictor.metadata["preprocessing"]["shape"] == list(SHAPE)
 
 
 def test_file_holds_no_traces(exported):
@@ -139,7 +138,9 @@ def test_manifest_tells_a_damaged_artefact(exported, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(exported.read_bytes())
     predictor = OnnxPredictor(path, threads=1)
-    document = manifest.describe(predictor, target="onnx", variant="onnx-fp32", files=[path])
+    document = manifest.describe(
+        predictor, target="onnx", variant="onnx-fp32", model="model.onnx", source="train", folder=tmp_path
+    )
     runs.write_json(tmp_path / manifest.NAME, document)
     assert manifest.verify(tmp_path)["inputs"][0]["shape"] == ["batch", *SHAPE]
     data = bytearray(path.read_bytes())

@@ -92,14 +92,18 @@ def test_logits_have_one_column_a_class(kind: str, shape: tuple[int, int, int]) 
     assert torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("kind", ["resnet8", "wrn_16_1", "vgg8", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2"])
+@pytest.mark.parametrize(
+    "kind", ["resnet8", "wrn_16_1", "vgg8", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2", "tiny_transformer"]
+)
 def test_every_parameter_learns(kind: str) -> None:
     model = build(kind)
     model(torch.rand(4, 3, 32, 32)).logsumexp(1).sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("kind", ["resnet8", "wrn_16_2", "vgg8", "mobilenet_v2", "shufflenet_v2", "digits_cnn"])
+@pytest.mark.parametrize(
+    "kind", ["resnet8", "wrn_16_2", "vgg8", "mobilenet_v2", "shufflenet_v2", "digits_cnn", "tiny_transformer"]
+)
 def test_evaluation_does_not_depend_on_the_batch(kind: str) -> None:
     model = build(kind).eval()
     images = torch.rand(3, 3, 32, 32)
@@ -109,7 +113,9 @@ def test_evaluation_does_not_depend_on_the_batch(kind: str) -> None:
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
 
 
-@pytest.mark.parametrize("kind", ["resnet8", "wrn_16_1", "vgg8", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2"])
+@pytest.mark.parametrize(
+    "kind", ["resnet8", "wrn_16_1", "vgg8", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2", "tiny_transformer"]
+)
 def test_bfloat16_and_channels_last_are_close_to_fp32(kind: str) -> None:
     model = build(kind)
     images = torch.rand(8, 3, 32, 32)
@@ -132,6 +138,19 @@ TAPS = {
     "shufflenet_v1": ["relu", "layer1", "layer3", "layer3.3.join", "flatten", "fc"],
     "shufflenet_v2": ["relu", "layer1", "layer3", "layer3.3.branch.bn3", "relu2", "flatten", "fc"],
     "digits_cnn": ["relu", "layer1", "layer3", "layer3.bn", "layer3.relu", "flatten", "fc"],
+    "tiny_transformer": [
+        "patch",
+        "tokens",
+        "blocks.5",
+        "blocks.0.attention",
+        "blocks.0.attention.softmax",
+        "blocks.3.attention.q",
+        "blocks.5.mlp",
+        "blocks.5.mlp.act",
+        "norm",
+        "pool",
+        "fc",
+    ],
     "mlp": ["flatten", "layer1", "layer2.linear", "layer2.relu", "fc"],
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdctl import artefacts, build, pipeline, runs
-from kdctl.cli.compress import show
+from kdctl import build, extension, runs
+from kdctl.artefacts import measure
+from kdctl.artefacts.measure import check_gates, evaluate_artefact, gates
+from kdctl.artefacts.yardstick import Yardstick
+from kdctl.bench.latency import Row
+from kdctl.cli import products
+from kdctl.compress.low_rank import LowRank
 from kdctl.compress.quantize import Quantize
-from kdctl.config.recipe import read_recipe, stage_of_options, with_stages
-from kdctl.errors import ConfigError, KdctlError
+from kdctl.config.recipe import recipe_of_options, with_stages
+from kdctl.config.schema import OutputStage
+from kdctl.errors import Interrupted, KdctlError
 from kdctl.evaluate import evaluate_run
-from kdctl.experiment import load_run
+from kdctl.experiment import load_run, resume
+from kdctl.models.record import load_model
+from kdctl.watch import Reporter
 
 
 @pytest.fixture
@@ -23,9 +32,28 @@ def run(run_it: Callable[..., Any]) -> runs.Run:
     return run_it("train.epochs=6")[0]
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times nothing: the fresh processes of a measurement take longer than all else that a test looks at."""
+
+    def one_each(cells: Any) -> list[Row]:
+        return [Row(c.what, "", c.batch, c.threads, 1.0, 1.0, 1.0, 1000.0, 1, 1) for c in cells]
+
+    monkeypatch.setattr(measure, "measure_latency", one_each)
+
+
+def extend(run: runs.Run, *stages: dict[str, Any], reporter: Reporter | None = None) -> list[dict[str, Any]]:
+    return extension.extend(run, with_stages(run.config, [], recipe_of_options(stages)), reporter or Reporter())
+
+
 def compress(run: runs.Run, **options: Any) -> dict[str, Any]:
-    experiment, (stage,) = with_stages(run.config, [], stage_of_options(kind="quantize", dtype="int8", **options))
-    return pipeline.compress(run, experiment, stage)
+    return extend(run, {"kind": "quantize", "dtype": "int8", "mode": "static", **options})[0]
+
+
+def everything(run: runs.Run) -> dict[str, bytes]:
+    """Every file of a run but its log."""
+    files = (p for p in run.path.rglob("*") if p.is_file() and p.name not in ("log.txt", "run.lock"))
+    return {str(p.relative_to(run.path)): p.read_bytes() for p in files}
 
 
 def test_compress_measures_what_lies_on_disk(run: runs.Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,14 +68,16 @@ def test_compress_measures_what_lies_on_disk(run: runs.Run, capsys: pytest.Captu
     assert document["same_runtime"]["metrics"]["top1"] == pytest.approx(measured["top1"], abs=0.21)
     for column in ("before", "same_runtime", "after"):
         assert set(document[column]["latency_ms"]) == {"1", "32"}
-    again = artefacts.evaluate_artefact(run, load_run(run), folder, "test")
+        assert document[column]["parameters"] == 1182 and document[column]["macs"] > 10_000
+    again = evaluate_artefact(run, load_run(run), folder, "test")
     assert again["metrics"] == document["after"]["metrics"]
     assert again["agreement"] == document["agreement"]
     assert {g["name"]: g["passed"] for g in document["gates"]} == {"max_drop": True, "min_speedup": False}
-    error = artefacts.check_gates(document)
+    error = check_gates(document)
     assert error is not None and error.code == 6 and "min_speedup" in str(error)
     assert document["notes"], "a net of a thousand weights cannot pay, and the notes say why"
-    show(document)
+    assert run.info["status"] == "done" and run.info["stages"]["int8-static"] == "done"
+    products.show([document])
     assert "gate min_speedup" in capsys.readouterr().out
     _damage_is_named(run, folder)
 
@@ -57,48 +87,142 @@ def _damage_is_named(run: runs.Run, folder: Path) -> None:
     content[len(content) // 2] ^= 1
     (folder / "model.onnx").write_bytes(content)
     with pytest.raises(KdctlError, match=r"model\.onnx is damaged"):
-        artefacts.evaluate_artefact(run, load_run(run), folder, "test")
+        evaluate_artefact(run, load_run(run), folder, "test")
 
 
 def test_calibration_images_are_training_images(run: runs.Run) -> None:
     data = build.build_data(load_run(run))
-    images = np.concatenate(list(artefacts._calibration_images(data)))
+    with Yardstick(run, load_run(run), data) as yardstick:
+        images = np.concatenate(list(yardstick.workbench().images()))
+        labels = np.concatenate([batch.targets.numpy() for batch in yardstick.workbench().batches()])
     train = {row.tobytes() for row in (data.train.images.numpy() / np.float32(255)).astype(np.float32)}  # type: ignore[union-attr]
     assert len(images) == len(data.train) and all(image.tobytes() in train for image in images)
+    assert (labels >= 0).sum() == (data.train.targets >= 0).sum() > 0
 
 
-def test_a_failed_conversion_leaves_the_run_as_it_was(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quality_is_of_the_validation_split(run: runs.Run) -> None:
+    experiment, data = load_run(run), build.build_data(load_run(run))
+    seen = []
+
+    def always_three(images: Any) -> Any:
+        seen.append(images)
+        return np.eye(10, dtype=np.float32)[np.full(len(images), 3)]
+
+    with Yardstick(run, experiment, data) as yardstick:
+        quality = yardstick.workbench().quality(always_three)
+    assert data.val is not None
+    assert quality == pytest.approx(100 * float((data.val.targets == 3).float().mean()))
+    assert sum(map(len, seen)) == len(data.val)
+
+
+def test_a_failed_stage_leaves_the_run_as_it_was(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise KdctlError("no such operator")
 
     monkeypatch.setattr(Quantize, "convert", fail)
-    before = sorted(str(p) for p in run.path.rglob("*"))
+    before = everything(run)
     with pytest.raises(KdctlError, match="no such operator"):
         compress(run)
-    left = sorted(str(p) for p in run.path.rglob("*") if p.name != "artefacts")
-    assert left == before
+    assert everything(run) == before and not (run / "artefacts").exists()
+    monkeypatch.setattr(LowRank, "reshape", fail)
+    with pytest.raises(KdctlError, match="no such operator"):
+        extend(run, {"kind": "low_rank"}, {"kind": "quantize"})
+    assert everything(run) == before
 
 
-def test_a_recipe_is_checked_like_a_file(run: runs.Run, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("compress:\n  - kind: quantize\n    calibration: percentil\n")
-    with pytest.raises(ConfigError) as error:
-        with_stages(run.config, [], read_recipe(recipe))
-    (problem,) = error.value.problems
-    assert problem.file == str(recipe) and problem.line == 3 and "percentile" in str(problem)
-    recipe.write_text("compress: [{kind: quantize, calibration: percentile, max_drop: 0.5}]\n")
-    _, (stage,) = with_stages(run.config, [], read_recipe(recipe))
-    assert stage.arguments["calibration"] == "percentile" and stage.max_drop == 0.5
-    recipe.write_text("train: {}\n")
-    with pytest.raises(ConfigError, match="one key"):
-        read_recipe(recipe)
+@pytest.mark.usefixtures("quick")
+def test_a_failed_stage_takes_none_before_it_along(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KdctlError("no such operator")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Quantize, "convert", fail)
+        with pytest.raises(KdctlError):
+            extend(run, {"kind": "low_rank"}, {"kind": "quantize"})
+    assert [p.name for p in run.artefacts] == ["low_rank-0.5"] and run.info["status"] == "done"
+    assert [s.name for s in load_run(run).products] == ["low_rank-0.5"]
+    made = (run / "stages" / "low_rank-0.5" / "model.safetensors").stat().st_mtime_ns
+    documents = extend(run, {"kind": "low_rank"}, {"kind": "quantize"})
+    assert [d["variant"] for d in documents] == ["low_rank-0.5", "int8"]
+    assert (run / "stages" / "low_rank-0.5" / "model.safetensors").stat().st_mtime_ns == made, "it was made anew"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_pipeline_of_all_kinds(run: runs.Run, tmp_path: Path) -> None:
+    documents = extend(
+        run,
+        {"kind": "prune", "ratio": 0.4, "round_to": 1},
+        {"kind": "low_rank", "keep_ratio": 0.7, "round_to": 1},
+        {"kind": "finetune", "epochs": 1},
+        {"kind": "finetune", "name": "qat", "epochs": 1, "method": {"kind": "qat"}},
+        {"kind": "export", "target": "onnx"},
+    )
+    assert [d["target"] for d in documents] == ["torch"] * 4 + ["onnx"]
+    sizes = [d["after"]["parameters"] for d in documents]
+    assert documents[0]["before"]["parameters"] > sizes[0] > sizes[1]
+    assert documents[0]["after"]["macs"] < documents[0]["before"]["macs"]
+    assert documents[-1]["details"]["quantization"] == "int8-static", "what learnt to be quantised is shipped so"
+    model, quantized = load_model(run / "artefacts" / "low_rank-0.5" / "model"), documents[-2]["agreement"]
+    assert sum(p.numel() for p in model.parameters()) == sizes[1] and 0 < quantized <= 100
+    moved = tmp_path / "elsewhere"
+    shutil.move(run.path, moved)
+    for document in documents:
+        folder = moved / "artefacts" / document["variant"]
+        again = evaluate_artefact(runs.Run(moved), load_run(runs.Run(moved)), folder, "test")
+        assert again["metrics"] == pytest.approx(document["after"]["metrics"], rel=1e-4)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_missed_gate_stops_the_stages_after_it(run: runs.Run) -> None:
+    documents = extend(run, {"kind": "low_rank", "min_speedup": 1000.0}, {"kind": "quantize"})
+    assert [d["variant"] for d in documents] == ["low_rank-0.5"] and check_gates(documents[0]) is not None
+    assert [p.name for p in run.artefacts] == ["low_rank-0.5"]
+    assert [s.name for s in load_run(run).products] == ["low_rank-0.5"] and run.info["status"] == "done"
+
+
+class _Stop(Reporter):
+    """Asks to stop at the first step of the finetune."""
+
+    def step(self, stage: str, epoch: int, epochs: int, step: int, steps: int) -> None:
+        if stage == "finetune" and step == 1:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_stopped_pipeline_goes_on(run: runs.Run) -> None:
+    with pytest.raises(Interrupted):
+        extend(run, {"kind": "low_rank"}, {"kind": "finetune", "epochs": 2}, {"kind": "quantize"}, reporter=_Stop())
+    assert run.info["status"] == "interrupted"
+    document = resume(run, Reporter())
+    assert [a["variant"] for a in document["artefacts"]] == ["low_rank-0.5", "finetune", "int8"]
+    assert run.info["status"] == "done" and set(run.info["stages"].values()) == {"done"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_weights_as_they_are(run: runs.Run, run_it: Callable[..., Any]) -> None:
+    """`epochs: 0` makes a run of given weights, to compress them."""
+    text = f"""
+name: given
+data: {{kind: digits}}
+student: {{kind: digits_cnn, width: 4, weights: {run.path.resolve() / "student.safetensors"}}}
+train: {{epochs: 0, device: cpu, threads: 1}}
+compress: [{{kind: quantize, max_drop: 100.0}}]
+"""
+    given, document = run_it(text=text)
+    assert document["epochs"] == 0 and document["teacher"] is None
+    assert document["student"]["best"]["test"] == pytest.approx(evaluate_run(run, load_run(run))["metrics"])
+    assert [a["variant"] for a in document["artefacts"]] == ["int8"] and given.info["status"] == "done"
 
 
 def test_gates_compare_with_their_limits() -> None:
-    from kdctl.config.schema import OutputStage
-
     column = {"metrics": {"top1": 90.0}, "cpu_ms": {"1": 2.0}}
     document = {"before": column, "same_runtime": column, "after": {"metrics": {"top1": 89.5}, "cpu_ms": {"1": 1.0}}}
     for drop, speed, expected in ((0.5, 2.0, [True, True]), (0.49, 2.01, [False, False])):
         stage = OutputStage(kind="quantize", max_drop=drop, min_speedup=speed)
-        assert [g["passed"] for g in artefacts.gates(document, stage, "top1")] == expected
+        assert [g["passed"] for g in gates(document, stage, "top1")] == expected
+    plain = {"max_abs_diff": 0.011, "largest_logit": 10.0, "details": {"quantization": "fp32"}}
+    (parity,) = gates(document | plain, OutputStage(kind="export"), "top1")
+    assert parity["name"] == "parity" and not parity["passed"]

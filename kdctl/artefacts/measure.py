@@ -1,0 +1,154 @@
+"""Measures an artefact on disk in its own runtime, beside what it was made of, and holds it against its gates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdctl import build, evaluate
+from kdctl.artefacts.yardstick import TORCH, Yardstick, image_shape, open_file, opener
+from kdctl.bench import cost, notes
+from kdctl.bench.latency import Cell, Row
+from kdctl.bench.latency import measure as measure_latency
+from kdctl.config.schema import Experiment, OutputStage, TrainStage
+from kdctl.errors import GateError, Problem
+from kdctl.evaluate import Predictions, TorchPredictor, predict
+from kdctl.export import elsewhere, files, manifest
+from kdctl.models.record import load_model
+from kdctl.runs import Run
+
+BATCHES = (1, 32)
+THREADS = 1
+PARITY = 1e-3
+"""The largest difference between the logits of an fp32 file and its model's, as a share of the largest logit."""
+
+
+def measure(
+    yardstick: Yardstick, stage: OutputStage | TrainStage, source: Path, target: str, path: Path
+) -> dict[str, Any]:
+    """The artefact on the whole test split, beside fp32 in PyTorch and fp32 in the same runtime, all from disk.
+
+    source: the stem of the model that the stage started from; path: the artefact's file (the stem of a model).
+    """
+    experiment = yardstick.experiment
+    student = yardstick.run.stage_dir(experiment.origin(stage).name) / "model"
+    before = yardstick.of_model(student)
+    predictor = open_file(target, path)
+    after = yardstick.predictions(predictor)
+    made_of = after if target == TORCH else yardstick.of_model(source)
+    paths = {"before": student, "after": path}
+    said = {"before": before, "after": after}
+    if target != TORCH:
+        plain, plain_said = yardstick.plain(target, student)
+        paths, said = paths | {"same_runtime": plain}, said | {"same_runtime": plain_said}
+    timed = _time(target, paths)
+    small, whole = load_model(path if target == TORCH else source), load_model(student)
+    columns: dict[str, dict[str, Any]] = {}
+    for name, model in (("before", whole), ("same_runtime", whole), ("after", small)):
+        if name not in paths:  # in PyTorch, which is the runtime of the artefact too
+            columns[name] = columns["before"]
+            continue
+        columns[name] = {
+            "bytes": _bytes(paths[name]),
+            "parameters": cost.parameters(model.net),
+            "macs": cost.macs(model, image_shape(model)),
+            "metrics": yardstick.metrics(said[name]),
+            "latency_ms": {str(b): timed[name, b].p50_ms for b in BATCHES},
+            "cpu_ms": {str(b): timed[name, b].cpu_ms for b in BATCHES},
+        }
+    teacher = yardstick.of_teacher()
+    contents = files.inspect(target, path) if target != TORCH else None
+    return {
+        "run": str(yardstick.run),
+        "kind": stage.kind,
+        "target": target,
+        "runtime": predictor.runtime,
+        "threads": THREADS,
+        "split": yardstick.split,
+        "samples": len(yardstick.samples),
+        **{name: columns[name] for name in ("before", "same_runtime", "after")},
+        "agreement": float(yardstick.task.agreement(after.logits, before.logits)),
+        "agreement_teacher": None if teacher is None else float(yardstick.task.agreement(after.logits, teacher.logits)),
+        "max_abs_diff": _furthest(after, made_of),
+        "largest_logit": float(np.abs(made_of.logits).max()),
+        "delegated": None if contents is None else contents.delegated,
+        "notes": notes.explain(columns, contents),
+    }
+
+
+def _bytes(path: Path) -> int:
+    """Of a model the weights file, of an exported file itself and those beside it that it needs."""
+    weights = path.with_name(path.name + ".safetensors")
+    if weights.is_file():
+        return cost.file_bytes(weights)
+    return sum(cost.file_bytes(p) for p in path.parent.glob(f"{path.stem}.*"))
+
+
+def _furthest(a: Predictions, b: Predictions) -> float:
+    difference = float(np.abs(a.logits - b.logits).max())
+    return difference if np.isfinite(difference) else float("inf")
+
+
+def _time(target: str, paths: dict[str, Path]) -> dict[tuple[str, int], Row]:
+    cells = []
+    for batch in BATCHES:
+        for name, path in paths.items():
+            own = TORCH if name == "before" else target
+            python = None if own == TORCH else elsewhere.python_of(own)
+            cells.append(Cell(name, opener(own), {"path": str(path.resolve())}, batch, THREADS, python))
+    return {(row.what, row.batch): row for row in measure_latency(cells)}
+
+
+# -------------------------------------------------------------------------------------------------------------- gates
+
+
+def gates(document: dict[str, Any], stage: OutputStage | TrainStage, primary: str) -> list[dict[str, Any]]:
+    """Each gate that the stage sets, with its limit, what was measured and whether it holds.
+
+    A file in fp32 has to say what its model says: `parity` is the largest difference as a share of the largest logit.
+    """
+    before, same, after = document["before"], document["same_runtime"], document["after"]
+    result = []
+    if stage.max_drop is not None:
+        drop = before["metrics"][primary] - after["metrics"][primary]
+        passed = drop <= stage.max_drop + 1e-9
+        result.append({"name": "max_drop", "limit": stage.max_drop, "value": drop, "passed": passed})
+    if stage.min_speedup is not None:
+        speedup = same["cpu_ms"]["1"] / after["cpu_ms"]["1"]
+        passed = speedup >= stage.min_speedup
+        result.append({"name": "min_speedup", "limit": stage.min_speedup, "value": speedup, "passed": passed})
+    if stage.kind == "export" and document.get("details", {}).get("quantization") == "fp32":
+        share = document["max_abs_diff"] / max(document["largest_logit"], 1e-12)
+        result.append({"name": "parity", "limit": PARITY, "value": share, "passed": share <= PARITY})
+    return result
+
+
+def check_gates(document: dict[str, Any]) -> GateError | None:
+    """The error of the gates that a document misses, None when all hold."""
+    missed = [g for g in document["gates"] if not g["passed"]]
+    problems = [
+        Problem(f"{g['name']}: {g['value']:.3g}, and the limit is {g['limit']:g}", file=document["artefact"])
+        for g in missed
+    ]
+    return GateError(*problems) if problems else None
+
+
+def evaluate_artefact(run: Run, experiment: Experiment, artefact: Path, split: str) -> dict[str, Any]:
+    """Measures an artefact on disk in its own runtime, and how often it agrees with the fp32 student.
+
+    Raises KdctlError when a file is not the one that its manifest describes.
+    """
+    made = manifest.verify(artefact)
+    data, task = build.build_data(experiment), build.build_task(experiment)
+    samples, size = data.split(split), experiment.data.eval_batch_size
+    predictor = open_file(made["target"], artefact / made["model"])
+    predictions = predict(predictor, samples, size)
+    student = predict(TorchPredictor(evaluate.load_student(run, experiment)), samples, size)
+    return evaluate.describe(predictions, task, data) | {
+        "split": split,
+        "runtime": predictor.runtime,
+        "teacher": None,
+        "agreement": float(task.agreement(predictions.logits, student.logits)),
+    }

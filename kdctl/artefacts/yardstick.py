@@ -1,0 +1,118 @@
+"""What the artefacts of a run are measured against, each thing asked once: the fp32 student, its teacher, a runtime's
+own fp32 file of the student."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdctl import build, evaluate, registry
+from kdctl.compress.base import Floats, Workbench
+from kdctl.config.schema import Experiment
+from kdctl.data.loader import as_float
+from kdctl.data.prepare import Data, stratified
+from kdctl.evaluate import Predictions, TorchPredictor, batches, metrics, open_torch, predict
+from kdctl.export import files
+from kdctl.export.onnx import record_metadata
+from kdctl.models.record import Model, load_model
+from kdctl.runs import Run
+from kdctl.signals import CLEAN, IGNORE, Batch
+
+TORCH = "torch"
+"""The target of artefacts that are models of this package: weights and their record."""
+_QUALITY_SAMPLES = 5000
+
+
+class Yardstick:
+    """What artefacts of one run are measured with. Use it in a `with`: it holds files in a temporary folder."""
+
+    def __init__(self, run: Run, experiment: Experiment, data: Data, say: Callable[[str], None] = print) -> None:
+        self.run, self.experiment, self.data, self.say = run, experiment, data, say
+        self.task = build.build_task(experiment)
+        self.split = next(name for name in ("test", "val", "train") if getattr(data, name) is not None)
+        self.samples = data.split(self.split)
+        self._folder = tempfile.TemporaryDirectory()
+        self._models: dict[Path, Predictions] = {}
+        self._plain: dict[tuple[str, Path], tuple[Path, Predictions]] = {}
+        self._teacher: list[Predictions | None] = []
+
+    def __enter__(self) -> Yardstick:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._folder.cleanup()
+
+    # ------------------------------------------------------------------------------------------------------- measured
+
+    def of_model(self, stem: Path) -> Predictions:
+        """What a saved model says of the split, in fp32 in PyTorch."""
+        if stem not in self._models:
+            self._models[stem] = self.predictions(TorchPredictor(load_model(stem)))
+        return self._models[stem]
+
+    def of_teacher(self) -> Predictions | None:
+        if not self._teacher:
+            self._teacher.append(evaluate.predict_teacher(self.run, self.experiment, self.data, self.split)[0])
+        return self._teacher[0]
+
+    def plain(self, target: str, stem: Path) -> tuple[Path, Predictions]:
+        """The fp32 file of a saved model for a target's runtime, and what that file says of the split."""
+        if (target, stem) not in self._plain:
+            folder, model = Path(tempfile.mkdtemp(dir=self._folder.name)), load_model(stem)
+            path = folder / registry.load(registry.find("exporters", target)).file_name  # type: ignore[attr-defined]
+            files.write(target, model, path, record_metadata(model.record.to_dict()))
+            self._plain[target, stem] = path, self.predictions(open_file(target, path))
+        return self._plain[target, stem]
+
+    def predictions(self, predictor: Any) -> Predictions:
+        return predict(predictor, self.samples, self.experiment.data.eval_batch_size)
+
+    def metrics(self, predictions: Predictions) -> dict[str, float]:
+        return metrics(predictions, self.task)
+
+    # ---------------------------------------------------------------------------------------------------- to work with
+
+    def workbench(self) -> Workbench:
+        """Training images in a fixed order, and the quality of a predictor on what is no test sample."""
+        held_out = self.data.val if self.data.val is not None else self.data.train
+        rows = stratified(held_out.targets, 0)
+        some = held_out.subset(rows[held_out.targets[rows] != IGNORE][:_QUALITY_SAMPLES])
+        size, primary = self.experiment.data.eval_batch_size, self.task.primary
+
+        def quality(predictor: Callable[[Floats], Floats]) -> float:
+            pairs = [(predictor(images), targets) for images, targets, _ in batches(some, size)]
+            logits, targets = (np.concatenate(part) for part in zip(*pairs, strict=True))
+            return float(self.task.metrics()[primary](logits, targets))
+
+        return Workbench(self.task, self._images, self._batches, quality, self.say)
+
+    def _images(self) -> Iterator[Floats]:
+        for batch in self._batches():
+            yield batch.inputs.numpy()
+
+    def _batches(self) -> Iterator[Batch]:
+        train = self.data.train
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        for rows in order.split(128):
+            view = torch.full((len(rows),), CLEAN)
+            yield Batch(as_float(train.fetch(rows)), train.targets[rows], train.index[rows], view)
+
+
+def image_shape(model: Model) -> tuple[int, int, int]:
+    channels, height, width = model.record.image_shape
+    return channels, height, width
+
+
+def opener(target: str) -> str:
+    """The function that opens an artefact's file, as text, for a process that measures."""
+    return "kdctl.evaluate:open_torch" if target == TORCH else files.opener(target)
+
+
+def open_file(target: str, path: Path) -> Any:
+    """The predictor of an artefact's file."""
+    return open_torch(str(path)) if target == TORCH else files.open_file(target, path)

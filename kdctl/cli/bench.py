@@ -1,0 +1,145 @@
+"""`kdctl bench`: latency, throughput and memory of models and files, each in a fresh process, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from kdctl import runs
+from kdctl.cli import console
+from kdctl.cli.verb import Argument, Option, Options, Reply
+from kdctl.errors import MissingError, UsageError
+
+if TYPE_CHECKING:
+    from kdctl.bench.latency import Cell
+
+TORCH = "torch"
+"""The target of artefacts that are weights and their record."""
+
+
+def bench(
+    options: Options,
+    what: Annotated[list[str] | None, Argument(help="runs (their student and artefacts) or artefacts")] = None,
+    batch: Annotated[str, Option("--batch", help="images a call; several as 1,32")] = "1,32",
+    threads: Annotated[str, Option("--threads", help="threads that compute; several as 1,2")] = "1",
+    seconds: Annotated[float, Option("--seconds", min=0.1, help="how long each cell is measured")] = 1.5,
+) -> Reply:
+    """Measure latency, throughput and memory of runs and artefacts, in turns, each in a fresh process."""
+    batches, counts = _numbers(batch, "--batch"), _numbers(threads, "--threads")
+    things = [thing for text in what or ["latest"] for thing in _things(text)]
+    things = list({thing.path: thing for thing in things}.values())
+    from kdctl.bench.latency import measure
+
+    cells = [(thing, thing.cell(size, count)) for thing in things for size in batches for count in counts]
+    measured = measure([cell for _, cell in cells], seconds=seconds, progress=console.say)
+    rows: dict[Path, list[dict[str, Any]]] = {}
+    for (thing, _), row in zip(cells, measured, strict=True):
+        rows.setdefault(thing.run.path.resolve(), []).append(row.as_dict() | thing.cost | {"path": str(thing)})
+    head = {"seconds": seconds, "processor": _processor(), "measured": datetime.now(UTC).isoformat()}
+    for home, own in rows.items():
+        runs.write_json(home / "bench.json", head | {"rows": own})
+    written = [str(runs.Run(home / "bench.json")) for home in rows]
+    return Reply(head | {"rows": [row for own in rows.values() for row in own], "written": written}, show)
+
+
+def show(document: dict[str, Any]) -> None:
+    """A row a cell, then what the columns are and where the numbers were written."""
+    several = len({str(Path(path).parent) for path in document["written"]}) > 1
+    head = ["what", "runtime", "batch", "threads", "p50 ms", "p95 ms", "cpu ms", "images/s", "peak MB"]
+    rows = [
+        [
+            row["path"] if several else row["what"], " ".join(row["runtime"].split()[:2]),
+            row["batch"], row["threads"], f"{row['p50_ms']:.3f}",
+            f"{row['p95_ms']:.3f}", f"{row['cpu_ms']:.3f}", f"{row['samples_per_second']:,.0f}",
+            f"{row['peak_bytes'] / 1e6:,.0f}", f"{row['bytes']:,}", f"{row['parameters']:,}", f"{row['macs']:,}",
+        ]
+        for row in document["rows"]
+    ]  # fmt: skip
+    console.print_table([*head, "bytes", "parameters", "MACs"], rows)
+    console.out("cpu: least process time of a call, which other processes disturb least; compare by that")
+    for path in document["written"]:
+        console.out(f"wrote {path}")
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UsageError(f"{option} takes whole numbers above 0 with commas between them, not '{text}'")
+    return list(dict.fromkeys(int(word) for word in words))
+
+
+# --------------------------------------------------------------------------------------------------- what is measured
+
+
+@dataclass(frozen=True)
+class _Thing:
+    """A model or file that is measured. path: the file, or the stem of a model. cost: bytes, parameters and macs."""
+
+    what: str
+    run: runs.Run
+    target: str
+    path: Path
+    cost: dict[str, int]
+
+    def __str__(self) -> str:
+        """Its path as the user would type it."""
+        return str(runs.Run(self.path))
+
+    def cell(self, batch: int, threads: int) -> Cell:
+        from kdctl.bench.latency import Cell
+        from kdctl.export import elsewhere, files
+
+        opener, python = "kdctl.evaluate:open_torch", None
+        if self.target != TORCH:
+            opener, python = files.opener(self.target), elsewhere.python_of(self.target)
+        return Cell(self.what, opener, {"path": str(self.path)}, batch, threads, python)
+
+
+def _things(text: str) -> list[_Thing]:
+    """What a word of the command line stands for: an artefact, or a run's student and all its artefacts."""
+    path = Path(text)
+    if (path / "manifest.json").is_file():
+        return [_artefact(path)]
+    run = runs.find(text)
+    if not (run / "student.safetensors").is_file():
+        raise MissingError(f"{run} has no finished student yet", hint=f"`kdctl resume {run}` continues it")
+    return [_student(run), *map(_artefact, run.artefacts)]
+
+
+def _student(run: runs.Run) -> _Thing:
+    console.say("loading torch ...")
+    from kdctl.bench import cost
+    from kdctl.models.record import load_model
+
+    stem = (run / "student").resolve()
+    model = load_model(stem)
+    channels, height, width = model.record.image_shape
+    known = {
+        "bytes": cost.file_bytes(stem.with_name(stem.name + ".safetensors")),
+        "parameters": cost.parameters(model.net),
+        "macs": cost.macs(model, (channels, height, width)),
+    }
+    return _Thing("student", run, TORCH, stem, known)
+
+
+def _artefact(folder: Path) -> _Thing:
+    """An artefact whose files are those of its manifest; its costs are those that were counted when it was made."""
+    from kdctl.export import manifest
+
+    made = manifest.verify(folder)
+    result = runs.read_json(folder / "result.json")
+    try:
+        known = {name: int(result["after"][name]) for name in ("bytes", "parameters", "macs")}
+    except (KeyError, TypeError):
+        message = f"{folder} was made by an older kdctl: its result.json does not say what it costs"
+        raise MissingError(message, hint="make the artefact again") from None
+    run = runs.Run(folder.resolve().parent.parent)
+    return _Thing(folder.name, run, str(made["target"]), (folder / made["model"]).resolve(), known)
+
+
+def _processor() -> str:
+    from kdctl.bench.latency import processor
+
+    return processor()

@@ -1,0 +1,166 @@
+"""Dropping whole residual blocks: what stays is a shallower net of the same widths."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdctl.bench import cost as measured
+from kdctl.compress.base import Floats, Reshape, Reshaped, Workbench
+from kdctl.compress.prune import take_images
+from kdctl.config.types import Fraction, PositiveInt
+from kdctl.errors import ConfigError, KdctlError, Problem
+from kdctl.models import structure
+from kdctl.models.record import Model, build_model
+from kdctl.signals import find_logits
+from kdctl.taps import Taps
+
+
+class DropLayers(Reshape):
+    """Removes residual or transformer blocks, each time the one whose absence does the least harm.
+
+    A block can go where its shortcut alone is the identity: with all of its weights zero it hands on its input.
+    Papers: Fan, Grave & Joulin, Reducing Transformer Depth on Demand with Structured Dropout, ICLR 2020 (every other);
+        Men et al., ShortGPT: Layers in Large Language Models Are More Redundant Than You Expect, 2024 (by effect).
+
+    ratio: the share of such blocks that goes, or blocks: their number. choose: `output` drops those that change the
+    logits on training images least, one after the other; `quality` those that cost the task's metric least; `even`
+    every n-th, without looking. samples: images that `output` looks at.
+    """
+
+    def __init__(
+        self,
+        *,
+        ratio: Fraction = 0.25,
+        blocks: PositiveInt | None = None,
+        choose: Literal["output", "quality", "even"] = "output",
+        samples: PositiveInt = 256,
+    ) -> None:
+        self.ratio, self.blocks, self.choose, self.samples = ratio, blocks, choose, samples
+
+    def reshape(self, model: Model, bench: Workbench) -> Reshaped:
+        """The shallower model. Raises KdctlError where the net has no block that can go, ConfigError where it has
+        fewer than are to go."""
+        model = copy.deepcopy(model).cpu().float().eval()
+        found = residual_blocks(model)
+        if not found:
+            hint = "drop_layers is for nets with shortcuts; `prune` makes others narrower"
+            raise KdctlError("there is no residual block in this net that can be left out", hint=hint)
+        count = round(self.ratio * len(found)) if self.blocks is None else self.blocks
+        if count > len(found):
+            message = f"{count} blocks are to go, and there are {len(found)}: {', '.join(found)}"
+            raise ConfigError(Problem(message, key="blocks"))
+        dropped, tried = self._choose(model, found, count, bench)
+        result = without(model, dropped)
+        shape = tuple(model.record.image_shape)
+        details: dict[str, Any] = {
+            "blocks": found,
+            "dropped": dropped,
+            "choose": self.choose,
+            "effect": tried,
+            "macs": [measured.macs(m, shape) for m in (model, result)],  # type: ignore[arg-type]
+            "parameters": [measured.parameters(m) for m in (model, result)],
+        }
+        return Reshaped(result, details)
+
+    def _choose(
+        self, model: Model, found: list[str], count: int, bench: Workbench
+    ) -> tuple[list[str], list[dict[str, float]]]:
+        """The blocks that go, and of each turn the harm of dropping each that was left."""
+        if self.choose == "even":
+            return [found[int((i + 0.5) * len(found) / count)] for i in range(count)], []
+        harm = self._noise(model, bench) if self.choose == "output" else _loss_of_quality(bench)
+        dropped: list[str] = []
+        tried: list[dict[str, float]] = []
+        trial = copy.deepcopy(model)
+        for _ in range(count):
+            turn = {}
+            for path in (path for path in found if path not in dropped):
+                block = trial.net.get_submodule(path)
+                structure.put(trial.net, path, nn.Identity())
+                turn[path] = round(harm(trial), 8)
+                structure.put(trial.net, path, block)
+            best = min(turn, key=lambda path: turn[path])
+            structure.put(trial.net, best, nn.Identity())
+            dropped.append(best)
+            tried.append(turn)
+        return dropped, tried
+
+    def _noise(self, model: Model, bench: Workbench) -> Callable[[Model], float]:
+        """The squared error of the logits by their square."""
+        images = take_images(bench, self.samples)
+        whole = _logits(model, images)
+        power = max(float(whole.pow(2).sum()), 1e-30)
+        return lambda other: float((_logits(other, images) - whole).pow(2).sum()) / power
+
+
+def _loss_of_quality(bench: Workbench) -> Callable[[Model], float]:
+    def harm(model: Model) -> float:
+        def predict(images: Floats) -> Floats:
+            logits: Floats = _logits(model, torch.from_numpy(images)).numpy()
+            return logits
+
+        return -bench.quality(predict)
+
+    return harm
+
+
+def without(model: Model, dropped: Iterable[str]) -> Model:
+    """A new model without these blocks, in eval mode, built from its own record."""
+    edits = [{"edit": "skip", "path": path} for path in dropped]
+    record = dataclasses.replace(model.record, structure=[*(model.record.structure or []), *edits])
+    with torch.random.fork_rng([]):
+        result = build_model(record, model.base)
+    prefixes = tuple(f"{path}." for path in dropped)
+    result.net.load_state_dict(
+        {k: v for k, v in model.net.state_dict().items() if not k.startswith(prefixes or ("\0",))}
+    )
+    return result.eval()
+
+
+@torch.no_grad()
+def residual_blocks(model: Model) -> list[str]:
+    """The paths of the blocks that can be left out, innermost ones, in the order of definition."""
+    images = torch.rand(2, *model.record.image_shape, generator=torch.Generator().manual_seed(0))
+    paths = [
+        path
+        for path, module in model.net.named_modules()
+        if path and next(module.children(), None) is not None and next(module.parameters(), None) is not None
+    ]
+    found = [path for path, given in _inputs(model, paths, images).items() if _hands_on(model.net, path, given)]
+    return [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
+
+
+def _inputs(model: Model, paths: list[str], images: Tensor) -> dict[str, Tensor]:
+    """What goes into each module; those that are not called, or not with a tensor, are left out."""
+    try:
+        with Taps(model.net, [f"{path}:in" for path in paths]) as taps, taps.recording() as features:
+            model(images)
+        return {path: features[f"{path}:in"] for path in paths}
+    except ConfigError:
+        half = len(paths) // 2
+        if len(paths) <= 1:
+            return {}
+        return _inputs(model, paths[:half], images) | _inputs(model, paths[half:], images)
+
+
+def _hands_on(net: nn.Module, path: str, given: Tensor) -> bool:
+    """Whether a module without weights is the identity."""
+    block = copy.deepcopy(net.get_submodule(path))
+    for parameter in block.parameters():
+        parameter.zero_()
+    try:
+        result = block(given.clone())
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(result, Tensor) and result.shape == given.shape and torch.equal(result, given)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([find_logits(model(part)) for part in images.split(128)])

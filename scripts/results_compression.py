@@ -1,0 +1,177 @@
+"""Makes the compression tables of the README: pruning, the pipeline, quantisation-aware training, runtimes.
+
+    python scripts/results_compression.py prune --data-root FOLDER --weights resnet56-4bfd9763.th
+    python scripts/results_compression.py pipeline --data-root FOLDER --weights resnet56-4bfd9763.th
+    python scripts/results_compression.py qat --data-root FOLDER --weights resnet20-12fca82f.th
+    python scripts/results_compression.py runtimes --data-root FOLDER --weights resnet20-12fca82f.th
+    python scripts/results_compression.py table
+
+Each works in the current directory, appends to docs/results/compression.json as it goes, and leaves out what is there.
+`prune` takes about an hour on two CPU cores, the others a few minutes each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from kdctl import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "docs" / "results" / "compression.json"
+CONFIGS = ROOT / "configs" / "compression"
+SEEDS = (0, 1, 2)
+WITHOUT = ["compress.finetune.losses=[{kind: ce}]", "compress.finetune.teacher=null"]
+PRUNE_ARMS: dict[str, list[str]] = {
+    "distilled": [],
+    "without a teacher": WITHOUT,
+    "l1, uniform, without a teacher": [*WITHOUT, "compress.prune.importance=l1", "compress.prune.scope=uniform"],
+}
+QAT = "{kind: finetune, name: qat, epochs: 1, optimizer: {kind: sgd, lr: 0.005, momentum: 0.9}, method: {kind: qat, "
+QAT_ARMS: dict[str, tuple[str, str]] = {
+    "int4 weights, per channel": (
+        "{kind: quantize, name: ptq, dtype: int4, mode: weight_only}", QAT + "weight_bits: 4}}",
+    ),
+    "int8, per tensor": (
+        "{kind: quantize, name: ptq, mode: static, per_channel: false}", QAT + "per_channel: false}}",
+    ),
+}  # fmt: skip
+
+
+def kdctl(*arguments: str) -> dict[str, Any]:
+    """One command's JSON document; a missed gate (exit 6) still has one."""
+    print("$ kdctl " + " ".join(arguments), file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, "-m", "kdctl", *arguments, "--json"], stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 6):
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
+
+
+def read() -> dict[str, Any]:
+    return json.loads(OUT.read_text()) if OUT.is_file() else {}
+
+
+def add(section: str, name: str, row: dict[str, Any]) -> None:
+    """Adds one row to the file, written aside and renamed."""
+    document = read()
+    document.setdefault(section, {})[name] = row
+    aside = OUT.with_suffix(".tmp")
+    aside.write_text(json.dumps(document, indent=1) + "\n")
+    aside.replace(OUT)
+
+
+def brief(document: dict[str, Any]) -> dict[str, Any]:
+    """What a row of the table needs of an artefact's document; no path of this machine."""
+    kept = ("variant", "target", "runtime", "samples", "agreement", "max_abs_diff", "delegated", "notes", "gates")
+    columns = {name: document[name] for name in ("before", "same_runtime", "after")}
+    return {name: document[name] for name in kept} | columns
+
+
+def prune(options: argparse.Namespace) -> None:
+    for seed in SEEDS:
+        for arm, overrides in PRUNE_ARMS.items():
+            name = f"{arm}, seed {seed}"
+            if name in read().get("prune", {}):
+                continue
+            config = str(CONFIGS / "prune_recover.yaml")
+            document = kdctl("train", config, *own(options), f"train.seed={seed}", *overrides)
+            pruned, tuned = document["artefacts"]
+            seconds = json.loads((Path(document["run"]) / "run.json").read_text())["seconds"]
+            add("prune", name, {
+                "arm": arm, "seed": seed, "pruned": brief(pruned), "recovered": brief(tuned),
+                "seconds": seconds["finetune"],
+            })  # fmt: skip
+        name = f"Torch-Pruning, seed {seed}"
+        if name not in read().get("prune", {}):
+            peer = ROOT / "scripts" / "bench" / "torch_pruning_peer.py"
+            command = [sys.executable, str(peer), str(options.data_root), str(options.weights), str(seed)]
+            row = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            add("prune", name, {"arm": "Torch-Pruning", "seed": seed, **row})
+
+
+def pipeline(options: argparse.Namespace) -> None:
+    for seed in SEEDS:
+        name = f"seed {seed}"
+        if name in read().get("pipeline", {}):
+            continue
+        config = str(CONFIGS / "pipeline.yaml")
+        document = kdctl("train", config, *own(options), f"train.seed={seed}")
+        add("pipeline", name, {"seed": seed, "stages": [brief(d) for d in document["artefacts"]]})
+
+
+def qat(options: argparse.Namespace) -> None:
+    augment = "data.augment=[{kind: random_crop, padding: 4}, {kind: horizontal_flip}]"
+    for arm, (after, aware) in QAT_ARMS.items():
+        for seed in SEEDS:
+            name = f"{arm}, seed {seed}"
+            if name in read().get("qat", {}):
+                continue
+            stages = f"compress=[{after}, {aware}, {{kind: export, target: onnx, name: shipped, from: qat}}]"
+            config = str(CONFIGS / "int8.yaml")
+            document = kdctl("train", config, *own(options), f"train.seed={seed}", augment, "export=[]", stages)
+            made = {a["variant"]: brief(a) for a in document["artefacts"]}
+            fp32, lost, kept = (
+                made["ptq"]["before"]["metrics"]["top1"], made["ptq"]["after"]["metrics"]["top1"],
+                made["shipped"]["after"]["metrics"]["top1"],
+            )  # fmt: skip
+            recovered = (kept - lost) / (fp32 - lost) if fp32 > lost else None
+            add("qat", name, {"arm": arm, "seed": seed, "fp32": fp32, "ptq": lost, "qat": kept, "recovered": recovered})
+
+
+def runtimes(options: argparse.Namespace) -> None:
+    targets = "onnx,openvino,executorch,litert,torchscript"
+    run = kdctl("train", str(CONFIGS / "int8.yaml"), *own(options), "compress=[]", "export=[]")["run"]
+    document = kdctl("export", run, "--to", targets, "--dtype", "fp32,int8")
+    for made in document["stages"]:
+        add("runtimes", made["variant"], brief(made))
+    for failure in document["failures"]:
+        add("runtimes", failure["variant"], failure)
+
+
+def own(options: argparse.Namespace) -> list[str]:
+    return [f"data.root={options.data_root}", f"student.weights={options.weights}"]
+
+
+def table() -> str:
+    """The tables in Markdown."""
+    document, lines = read(), []
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for row in document.get("prune", {}).values():
+        arms.setdefault(row["arm"], []).append(row)
+    lines += [
+        "| ResNet-56, half of its MACs | top-1, mean (std) | MACs | parameters | minutes |",
+        "|---|---|---|---|---|",
+    ]
+    for arm, rows in arms.items():
+        value = stats.interval([r["recovered"]["after"]["metrics"]["top1"] for r in rows])
+        after, minutes = rows[0]["recovered"]["after"], sum(r["seconds"] for r in rows) / len(rows) / 60
+        size = f"{after['macs']:,} | {after['parameters']:,}"
+        lines.append(f"| {arm} | {value.mean:.2f} ({value.std:.2f}) | {size} | {minutes:.1f} |")
+    lines += ["", "| quantised to | seed | fp32 | after training | trained | recovered |", "|---|---|---|---|---|---|"]
+    for row in document.get("qat", {}).values():
+        share = "-" if row["recovered"] is None else f"{100 * row['recovered']:.0f} %"
+        lines.append(
+            f"| {row['arm']} | {row['seed']} | {row['fp32']:.2f} | {row['ptq']:.2f} | {row['qat']:.2f} | {share} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["prune", "pipeline", "qat", "runtimes", "table"])
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--weights", type=Path)
+    options = parser.parse_args()
+    if options.what == "table":
+        print(table())
+        return
+    options.data_root, options.weights = options.data_root.resolve(), options.weights.resolve()
+    {"prune": prune, "pipeline": pipeline, "qat": qat, "runtimes": runtimes}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
