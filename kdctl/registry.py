@@ -53,8 +53,8 @@ CONTRACTS: dict[str, str | tuple[str, ...]] = {
     "tasks": "kdctl.tasks.base:Task",
     "optimizers": "torch.optim:Optimizer",
     "schedules": "kdctl.optim.schedules:Schedule",
-    "compressors": ("variant", "convert"),
-    "exporters": ("variant", "convert"),
+    "compressors": "kdctl.compress.base:Compression",
+    "exporters": "kdctl.export.base:Exporter",
 }
 """What makes a user's own class one of the group: the class that it derives from, or the methods that it has."""
 

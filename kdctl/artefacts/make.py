@@ -12,19 +12,17 @@ from kdctl import registry, runs
 from kdctl.artefacts.measure import gates, measure
 from kdctl.artefacts.yardstick import TORCH, Yardstick, image_shape, open_file
 from kdctl.compress.base import Compressor, Reshape
-from kdctl.compress.quantize import take
+from kdctl.compress.quantize import Quantize
 from kdctl.config.schema import OutputStage, TrainStage
 from kdctl.errors import KdctlError
 from kdctl.export import files, manifest
-from kdctl.export.base import Quantization
 from kdctl.export.onnx import record_metadata
-from kdctl.models.record import Model, load_model, released, save_model
+from kdctl.models.record import Model, load_model, save_model
 from kdctl.quant import fake
 from kdctl.runs import Run
 
 MODEL = "model"
 """The stem of a model's files in the folder of its stage and of its artefact."""
-_CALIBRATION_SAMPLES = 512
 
 
 def make(yardstick: Yardstick, stage: OutputStage | TrainStage) -> dict[str, Any]:
@@ -71,32 +69,25 @@ def _produce(
     if isinstance(stage, TrainStage):
         save_model(model, folder / MODEL)
         return TORCH, MODEL, runs.read_json(yardstick.run.stage_dir(stage.name) / "result.json")
+    metadata, shape = record_metadata(model.record.to_dict()), image_shape(model)
+    arguments = stage.arguments
     if stage.kind == "export":
-        return _export(yardstick, stage, model, folder)
-    tool = registry.create("compressors", stage.kind, stage.arguments)
+        target = arguments.pop("target")
+        if not fake.is_quantized(model.net):
+            name = registry.load(registry.find("exporters", target)).file_name  # type: ignore[attr-defined]
+            files.write(target, model, folder / name, metadata, arguments=arguments)
+            return target, name, {"quantization": "fp32"}
+        tool: Any = Quantize(target=target)  # what learnt to be quantised is shipped so
+    else:
+        tool = registry.create("compressors", stage.kind, arguments)
     if isinstance(tool, Reshape):
         _refuse_fake_quant(model, stage)
         reshaped = tool.reshape(model, bench)
         save_model(reshaped.model, folder / MODEL)
         return TORCH, MODEL, reshaped.details
     assert isinstance(tool, Compressor)
-    metadata = record_metadata(model.record.to_dict())
-    details = tool.convert(model, bench, image_shape(model), folder / tool.file_name, metadata, stage.max_drop)
+    details = tool.convert(model, bench, shape, folder / tool.file_name, metadata, stage.max_drop)
     return tool.target, tool.file_name, details
-
-
-def _export(yardstick: Yardstick, stage: OutputStage, model: Model, folder: Path) -> tuple[str, str, dict[str, Any]]:
-    """Writes a model as it is: one that learnt to be quantised with what it learnt, any other in fp32."""
-    arguments = stage.arguments
-    target = arguments.pop("target")
-    quantization = None
-    if fake.is_quantized(model.net):
-        model, learned = released(model)
-        images = take(yardstick.workbench().images(), _CALIBRATION_SAMPLES, image_shape(model))
-        quantization = Quantization(images=images, learned=learned)
-    name = registry.load(registry.find("exporters", target)).file_name  # type: ignore[attr-defined]
-    files.write(target, model, folder / name, record_metadata(model.record.to_dict()), quantization, arguments)
-    return target, name, {"quantization": "fp32" if quantization is None else quantization.name}
 
 
 def _refuse_fake_quant(model: Model, stage: OutputStage) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kdctl import build, evaluate
+from kdctl import build, evaluate, registry
 from kdctl.artefacts.yardstick import TORCH, Yardstick, image_shape, open_file, opener
 from kdctl.bench import cost, notes
 from kdctl.bench.latency import Cell, Row
@@ -16,6 +16,7 @@ from kdctl.config.schema import Experiment, OutputStage, TrainStage
 from kdctl.errors import GateError, Problem
 from kdctl.evaluate import Predictions, TorchPredictor, predict
 from kdctl.export import elsewhere, files, manifest
+from kdctl.export.base import Exporter
 from kdctl.models.record import load_model
 from kdctl.runs import Run
 
@@ -51,7 +52,7 @@ def measure(
             columns[name] = columns["before"]
             continue
         columns[name] = {
-            "bytes": _bytes(paths[name]),
+            "bytes": _bytes(TORCH if name == "before" else target, paths[name]),
             "parameters": cost.parameters(model.net),
             "macs": cost.macs(model, image_shape(model)),
             "metrics": yardstick.metrics(said[name]),
@@ -78,12 +79,12 @@ def measure(
     }
 
 
-def _bytes(path: Path) -> int:
-    """Of a model the weights file, of an exported file itself and those beside it that it needs."""
-    weights = path.with_name(path.name + ".safetensors")
-    if weights.is_file():
-        return cost.file_bytes(weights)
-    return sum(cost.file_bytes(p) for p in path.parent.glob(f"{path.stem}.*"))
+def _bytes(target: str, path: Path) -> int:
+    """Of a model the weights file, of an exported file itself and those that it needs beside it."""
+    if target == TORCH:
+        return cost.file_bytes(path.with_name(path.name + ".safetensors"))
+    exporter: Exporter = registry.create("exporters", target, {})
+    return sum(cost.file_bytes(file) for file in exporter.files(path))
 
 
 def _furthest(a: Predictions, b: Predictions) -> float:

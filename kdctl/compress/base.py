@@ -42,7 +42,13 @@ class Reshaped:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class Reshape:
+class Compression:
+    """A stage of compression: a Reshape or a Compressor. makes: `model` or `file`."""
+
+    makes: ClassVar[str]
+
+
+class Reshape(Compression):
     """Makes a smaller model. The new one's record rebuilds it (models/structure.py)."""
 
     makes: ClassVar[str] = "model"
@@ -52,7 +58,7 @@ class Reshape:
         raise NotImplementedError
 
 
-class Compressor:
+class Compressor(Compression):
     """Writes a compressed model into one file, which the runtime `target` opens (a name of EXPORTERS)."""
 
     makes: ClassVar[str] = "file"

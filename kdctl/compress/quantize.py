@@ -23,14 +23,12 @@ from kdctl.errors import ConfigError, KdctlError, Problem
 from kdctl.evaluate import TorchPredictor
 from kdctl.export import files
 from kdctl.export.base import Exporter, Mode, Quantization
-from kdctl.models.record import Model
+from kdctl.models.record import Model, released
 from kdctl.quant import fake
 from kdctl.quant.learned import Learned
 
 Floats = NDArray[np.float32]
 
-TAKES_LEARNED = ("onnx", "openvino")
-"""Targets whose exporters keep the steps that quantisation-aware training found."""
 SENSITIVITY_SAMPLES = 128
 
 
@@ -116,9 +114,8 @@ class Quantize(Compressor):
         """The plain model and how its numbers are to be kept."""
         learned: dict[str, Learned] = {}
         if fake.is_quantized(model.net):
-            net, learned = fake.release(model.net)
-            model = Model(net, model.record, model.base).eval()
-            if self.target not in TAKES_LEARNED:
+            model, learned = released(model)
+            if not self.exporter.takes_learned:
                 learned = {}
         mode = self._mode(model, image_shape, any(layer.input_range is not None for layer in learned.values()))
         images = None if mode == "weight_only" else take(bench.images(), self.samples, image_shape)

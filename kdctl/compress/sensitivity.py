@@ -59,7 +59,7 @@ def sensitivities(
     `bits` and its input to `activation_bits` (None: in float) with the range that `calibration` takes from the same
     images. Batch normalisation is folded first, as it is in the file.
     """
-    net = copy.deepcopy(folded(model.net.cpu().float().eval()))
+    net = folded(copy.deepcopy(model.net).cpu().float().eval())
     chosen = [path for path, layer in net.named_modules() if path and fake.can_wrap(layer) and path not in skip]
     wrapped = {}
     for path in chosen:

@@ -30,9 +30,9 @@ Calibration = Literal["minmax", "percentile", "entropy", "mse"]
 class Quantization:
     """How the numbers of a file are kept.
 
-    dtype: of the weights. mode: static (activations are int8 too, their ranges fixed ahead), dynamic (int8, ranges found
-    at each call) or weight_only; fp16 and bf16 are weight_only. images: (N, C, H, W) in [0, 1], what static takes ranges
-    from by `calibration`. per_channel: a scale an output channel of a weight, or one a tensor. group_size: of
+    dtype: of the weights. mode: static (activations are int8 too, their ranges fixed ahead), dynamic (int8, ranges
+    found at each call) or weight_only; fp16 and bf16 are weight_only. images: (N, C, H, W) in [0, 1], from which static
+    takes ranges by `calibration`. per_channel: a scale an output channel of a weight, or one a tensor. group_size: of
     weight_only, how many weights along the input share a scale, None for all of a channel. keep: paths of layers
     (modules of the net) that stay in fp32. learned: by path, what training found; it is taken as it is.
     """
@@ -55,12 +55,14 @@ class Quantization:
 class Exporter:
     """Writes a model into one file. target: its runtime, a name of EXPORTERS.
 
-    quantizations: what it can write beside fp32, as names of `Quantization.name`.
+    quantizations: what it can write beside fp32, as names of `Quantization.name`. takes_learned: whether it keeps the
+    steps that quantisation-aware training found; other targets find their own for the weights that it left.
     """
 
     target: ClassVar[str]
     file_name: ClassVar[str]
     quantizations: ClassVar[tuple[str, ...]] = ()
+    takes_learned: ClassVar[bool] = False
 
     def convert(
         self,
@@ -78,7 +80,7 @@ class Exporter:
         raise NotImplementedError
 
     def files(self, out: Path) -> list[Path]:
-        """What `convert` writes for `out`, the file itself first: some targets keep their constants beside the graph."""
+        """What `convert` writes for `out`, that file first: some targets keep their constants beside the graph."""
         return [out]
 
     def check(self, quantization: Quantization | None) -> None:
@@ -115,8 +117,8 @@ class Contents:
     """What a file holds and what its runtime makes of it on this machine.
 
     bytes: the file. weight_bytes: its constants; the rest describes the graph. weights: numbers in weights of
-    convolutions and linears. operators: how many the runtime executes. int8_operators: how many of them compute in int8,
-    None where the runtime does not tell. float_operators: names and counts of those that compute in float. delegated:
+    convolutions and linears. operators: how many the runtime executes. int8_operators: how many of them compute in
+    int8, None where the runtime does not tell. float_operators: names and counts of those that compute in float. delegated:
     the share of operators on the runtime's fast path, None where there is only one path.
     """
 

@@ -47,12 +47,12 @@ class ExecuTorch(Exporter):
     """ExecuTorch with the XNNPACK delegate: fp32, or int8 through PyTorch 2's quantisation of exported graphs.
 
     int8-static: convolutions, linears, sums, poolings; int8-dynamic: linears, and convolutions that no activation is
-    fused into. Calibration: minmax, or mse (the range
-    of a histogram's least squared error).
+    fused into. Calibration: minmax, or mse (the range of a histogram's least squared error).
     """
 
     target = TARGET
     file_name = "model.pte"
+    takes_learned = True
     quantizations = ("int8-static", "int8-dynamic")
 
     def check(self, quantization: Quantization | None) -> None:
@@ -181,9 +181,8 @@ class ExecuTorchPredictor(FilePredictor):
         import torch
 
         self.path = path
-        cores = sorted(os.sched_getaffinity(0))
-        if threads is not None and threads < len(cores):
-            os.sched_setaffinity(0, cores[:threads])
+        if threads is not None and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
         self._tensor = torch.from_numpy
         self._program, self._method = _load(path)
         self.runtime = f"executorch {_version()}"

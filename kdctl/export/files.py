@@ -1,4 +1,4 @@
-"""Files of other runtimes, by target: written, opened and read here, or in the environment that has the runtime."""
+"""Files of other runtimes, by target: written, opened and read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdctl import registry
 from kdctl.errors import MissingError
-from kdctl.export import elsewhere
-from kdctl.export.base import Contents, FilePredictor, Quantization
+from kdctl.export.base import Contents, Exporter, FilePredictor, Quantization
 
 if TYPE_CHECKING:
     from kdctl.models.record import Model
@@ -27,12 +26,9 @@ def write(
     """Writes a model to `out` for a target. arguments: of its exporter. See Exporter.convert for what it raises."""
     channels, height, width = model.record.image_shape
     shape = (channels, height, width)
-    exporter = registry.create("exporters", target, arguments or {})
+    exporter: Exporter = registry.create("exporters", target, arguments or {})
     exporter.check(quantization)
-    if elsewhere.is_here(target):
-        exporter.convert(model, shape, out, metadata, quantization)
-    else:
-        elsewhere.convert(target, dict(arguments or {}), model, shape, out, metadata, quantization)
+    exporter.convert(model, shape, out, metadata, quantization)
 
 
 def opener(target: str) -> str:
@@ -45,8 +41,6 @@ def opener(target: str) -> str:
 def open_file(target: str, path: Path, threads: int | None = None) -> FilePredictor:
     """The predictor of a target's file."""
     module, function = opener(target).split(":")
-    if not elsewhere.is_here(target):
-        return elsewhere.open_predictor(target, path, threads)
     predictor: FilePredictor = getattr(importlib.import_module(module), function)(str(path), threads)
     return predictor
 
@@ -54,7 +48,5 @@ def open_file(target: str, path: Path, threads: int | None = None) -> FilePredic
 def inspect(target: str, path: Path) -> Contents:
     """What a target's file holds."""
     module, _ = opener(target).split(":")
-    if not elsewhere.is_here(target):
-        return elsewhere.inspect(target, path)
     contents: Contents = importlib.import_module(module).inspect(path)
     return contents

@@ -236,7 +236,7 @@ class LiteRtPredictor(FilePredictor):
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         self.path = path
-        self._interpreter = _load(path, threads or len(os.sched_getaffinity(0)))
+        self._interpreter = _load(path, threads or os.cpu_count() or 1)
         shape, given = self._interpreter.input_shape, self._interpreter.output_shape
         if len(shape) != 4 or len(given) != 2 or not self._interpreter.floats:
             raise KdctlError(f"{path} does not take float images (N, C, H, W) and give float logits (N, classes)")

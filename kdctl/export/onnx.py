@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdctl.config.types import PositiveInt
-from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
+from kdctl.errors import ConfigError, KdctlError, Problem
 from kdctl.export.base import Contents, Exporter, FilePredictor, Quantization
 from kdctl.export.manifest import preprocessing
+from kdctl.export.onnx_session import open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -46,6 +47,7 @@ class Onnx(Exporter):
 
     target = "onnx"
     file_name = "model.onnx"
+    takes_learned = True
     quantizations = ("int8-static", "int8-dynamic", "int8-weight_only", "int4-weight_only", "fp16", "bf16")
 
     def __init__(self, *, opset: PositiveInt = 20) -> None:
@@ -209,25 +211,6 @@ def _value(text: str) -> Any:
 def open_predictor(path: Path | str, threads: int | None = None) -> OnnxPredictor:
     """The predictor of an exported file; its arguments are plain, so that a measuring process can be told of it."""
     return OnnxPredictor(path, threads)
-
-
-def open_session(path: Path, threads: int = 1, optimized: Path | None = None) -> Any:
-    """An ONNX Runtime session with all graph optimisations. Raises MissingError and, for a damaged file, KdctlError."""
-    import onnxruntime
-
-    if not path.is_file():
-        raise MissingError(f"there is no file {path}", hint="kdctl compress makes one")
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 4
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        reason = str(error).replace("\n", " ").split(" : ")[-1].strip()
-        raise KdctlError(f"{path} is damaged or not an ONNX model: {reason}", hint="make the artefact again") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- checking

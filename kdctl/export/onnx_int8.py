@@ -22,7 +22,7 @@ from kdctl.errors import KdctlError
 from kdctl.export import graph
 from kdctl.export.base import Learned, Quantization
 from kdctl.export.graph import LINEAR, Graph
-from kdctl.export.onnx import open_session
+from kdctl.export.onnx_session import open_session
 from kdctl.export.onnx_weights import store_integers
 from kdctl.quant.ranges import Calibration, Range, Spread, to_grid, weight_scales
 

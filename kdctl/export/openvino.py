@@ -40,6 +40,7 @@ class OpenVino(Exporter):
 
     target = "openvino"
     file_name = "model.xml"
+    takes_learned = True
     quantizations = ("int8-static", "int8-dynamic", "int8-weight_only", "int4-weight_only", "fp16", "bf16")
 
     def convert(
@@ -370,7 +371,6 @@ _MOVES = {
     "StridedSlice", "Gather", "Pad", "Broadcast", "ShapeOf", "MemoryInput", "MemoryOutput",
 }  # fmt: skip
 """Kinds of operators that move or convert numbers and compute nothing with them."""
-_ENDS = ("Input", "Output", "Const")
 _INTEGERS = ("u8", "i8", "u4", "i4")
 
 
@@ -383,7 +383,7 @@ def inspect(path: Path) -> Contents:
     for node in compiled(graph, metadata, 1).get_runtime_model().get_ops():
         about = node.get_rt_info()
         executed[about["layerType"].astype(str), about["runtimePrecision"].astype(str)] += 1
-    operators = Counter({key: n for key, n in executed.items() if key[0] not in _ENDS})
+    operators = Counter({key: n for key, n in executed.items() if key[0] not in ("Input", "Output", "Const")})
     computing = {key: n for key, n in operators.items() if key[0] not in _MOVES}
     int8 = {key: n for key, n in computing.items() if key[1] in _INTEGERS and not weight_only}
     floats: Counter[str] = Counter()

@@ -161,8 +161,8 @@ def weight_scales(rows: Floats, bits: int, search: bool = False) -> Floats:
     """The step of each row of weights (R, n), whose levels are -(2^(bits-1) - 1) .. 2^(bits-1) - 1 times it: (R,).
 
     The largest magnitude gets the last level; with `search`, it is the step of 1/2 to 1 of that with the least squared
-    error of the row. A row of zeros gets the largest step of the others (a bias is stored in multiples of it), 1 where all
-    are zeros.
+    error of the row. A row of zeros gets the largest step of the others (a bias is stored in multiples of it), 1 where
+    all are zeros.
     """
     top = 2 ** (bits - 1) - 1
     full = np.abs(rows).max(axis=1, initial=0.0) / top

@@ -216,13 +216,14 @@ def test_groups_gates_and_concatenations_hold_and_a_written_width_stays(tmp_path
 @pytest.mark.parametrize("of", ["macs", "parameters"])
 @pytest.mark.parametrize("scope", ["global", "uniform", "sensitivity"])
 def test_a_budget_is_met_closely(of, scope):
-    model = make("resnet8", (3, 8, 8), width=32, stem=32)
+    model = make("resnet8", (3, 8, 8), width=32, stem=32).train()
     before = [p.clone() for p in model.state_dict().values()]
     made = Prune(ratio=0.4, of=of, scope=scope, importance="l2", round_to=4, samples=8, recalibrate=False)
     result = made.reshape(model, bench_of(model))
     whole, left = result.details[of]
     assert 0.5 * whole < left <= 0.6 * whole
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+    assert model.training
     assert not result.model.training
     widths = [after for name, (_, after) in result.details["channels"].items() if name != "fc"]
     assert all(width % 4 == 0 for width in widths)
@@ -357,6 +358,7 @@ def test_importance_needs_what_it_reads():
 def test_recalibration_takes_the_statistics_of_the_images():
     model = make("digits_cnn", (1, 8, 8))
     bench = bench_of(model)
+    model.net.bn1.num_batches_tracked.fill_(100)  # of a training: none of it counts any more
     assert recalibrate(model, bench, 64) == 64
     images = torch.from_numpy(np.concatenate(list(bench.images())))
     with torch.no_grad():

@@ -107,7 +107,9 @@ def more(config: Path, *stages: dict[str, object]) -> Extended:
 
 
 def test_further_stages_stand_in_the_config(run_config: Path) -> None:
-    extended = more(run_config, {"kind": "prune", "ratio": 0.5}, {"kind": "finetune", "epochs": 2}, {"kind": "quantize"})
+    extended = more(
+        run_config, {"kind": "prune", "ratio": 0.5}, {"kind": "finetune", "epochs": 2}, {"kind": "quantize"}
+    )
     assert extended.names == extended.waiting == ["prune-0.5", "finetune", "int8"]
     assert extended.known == ["teacher", "student"]
     run_config.write_text(extended.config)

@@ -64,7 +64,10 @@ def test_ranges_come_from_training_samples_before_the_first_step(tmp_path: Path)
     method, layers = parts.method, wrapped(parts)
     method.train()
     before = copy.deepcopy(method.student.net.state_dict())
+    modes: list[bool] = []
+    method.student.net.register_forward_pre_hook(lambda net, _: modes.append(net.training))
     method.start(parts.loader)
+    assert modes == [False, False]  # in eval mode, in two parts
     few = parts.loader.few(100).inputs
     first = next(iter(layers.values())).input_quantizer
     assert first is not None

@@ -58,6 +58,8 @@ def test_zeros_of_a_relu_do_not_draw_the_range_in():
     values = 2 * np.maximum(np.random.default_rng(0).standard_normal(100_000), 0)
     assert spread(values).range("entropy")[1] > 4
     assert spread(values).range("mse", 16)[1] > 4
+    seen = spread(values)
+    assert seen.zeros == (values == 0).sum() > 0 and seen.counts.sum() == (values != 0).sum()
 
 
 def test_mse_is_the_range_with_the_least_error():
