@@ -31,15 +31,21 @@ PRUNE_ARMS: dict[str, list[str]] = {
     "without a teacher": WITHOUT,
     "l1, uniform, without a teacher": [*WITHOUT, "compress.prune.importance=l1", "compress.prune.scope=uniform"],
 }
-QAT = "{kind: finetune, name: qat, epochs: 1, optimizer: {kind: sgd, lr: 0.005, momentum: 0.9}, method: {kind: qat, "
+QAT = (
+    "{kind: finetune, name: qat, epochs: 1, data: {limit: 10000, batch_size: 64}, "
+    "losses: [{kind: kd, temperature: 4.0}], method: {kind: qat, weight_bits: 4, first_last_bits: null"
+)
 QAT_ARMS: dict[str, tuple[str, str]] = {
-    "int4 weights, per channel": (
-        "{kind: quantize, name: ptq, dtype: int4, mode: weight_only}", QAT + "weight_bits: 4}}",
+    "int4 weights, a step a tensor": (
+        "{kind: quantize, name: ptq, dtype: int4, per_channel: false}", QAT + ", per_channel: false}}",
     ),
-    "int8, per tensor": (
-        "{kind: quantize, name: ptq, mode: static, per_channel: false}", QAT + "per_channel: false}}",
+    "int4 weights, a step a channel": ("{kind: quantize, name: ptq, dtype: int4}", QAT + "}}"),
+    "int8, a step a tensor": (
+        "{kind: quantize, name: ptq, mode: static, per_channel: false}",
+        QAT.replace("weight_bits: 4", "weight_bits: 8") + ", per_channel: false}}",
     ),
 }  # fmt: skip
+"""What is quantised: the stage without training, and the one with it."""
 
 
 def kdctl(*arguments: str) -> dict[str, Any]:

@@ -62,6 +62,8 @@ _LIBRARIES = {
     "torchscript": "torch",
     "pt2": "torch",
 }
+_ELSEWHERE = ("executorch", "litert")
+"""Targets that may stand in an environment of their own."""
 """The distribution that runs a target's files; a plug-in's target is tried without knowing it."""
 _NEEDED = ("onnx", "torchscript", "pt2")
 """Targets whose libraries kdctl stands on."""
@@ -244,7 +246,8 @@ def _onnxruntime(attempt: Outcome | None) -> Check:
 def _installed(target: str) -> bool:
     """Whether a target's library is there, or in an environment that a variable names."""
     library = _LIBRARIES.get(target)
-    return library is None or _version(library) is not None or _elsewhere(target) in os.environ
+    named = target in _ELSEWHERE and _elsewhere(target) in os.environ
+    return library is None or _version(library) is not None or named
 
 
 def _elsewhere(target: str) -> str:

@@ -54,7 +54,7 @@ class Reshape(Compression):
     makes: ClassVar[str] = "model"
 
     def reshape(self, model: Model, bench: Workbench) -> Reshaped:
-        """The smaller model, in eval mode; the given one is left as it is. Raises KdctlError where it cannot be made."""
+        """The smaller model, in eval mode; the given one is left as it is. Raises KdctlError where there is none."""
         raise NotImplementedError
 
 

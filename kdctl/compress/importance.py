@@ -29,10 +29,10 @@ def importance(
 ) -> Scores:
     """A score for each number of the channels; only those of units in `groups` mean something.
 
-    l1, l2: the norm of all weights that make or take the unit's channels, each layer's share divided by its mean (Li et
-    al., Pruning Filters for Efficient ConvNets, ICLR 2017; over tied layers: Fang et al., DepGraph, CVPR 2023). bn: the
-    mean |scale| of its normalisations (Liu et al., Network Slimming, ICCV 2017). taylor: the first-order estimate of
-    what the loss loses without it, (sum of gradient times weight over all that take it)^2, over `samples` labelled
+    l1, l2: the norm of all weights that make or take the unit's channels, divided by its mean over a layer, summed (Li
+    et al., Pruning Filters for Efficient ConvNets, ICLR 2017; over tied layers: Fang et al., DepGraph, CVPR 2023). bn:
+    the mean |scale| of its normalisations (Liu et al., Network Slimming, ICCV 2017). taylor: the first-order estimate
+    of what the loss loses without it, (sum of gradient times weight over all that take it)^2, over `samples` labelled
     images (Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019). random: of a fixed seed.
     Raises ConfigError where the net has no normalisation to read (bn) and KdctlError where a score is not finite.
     """
@@ -65,7 +65,7 @@ def _columns(weight: Tensor, count: int) -> Tensor:
 
 
 def _norms(channels: Channels, power: int, size: int) -> Scores:
-    total, terms = np.zeros(size), np.zeros(size)
+    total = np.zeros(size)
     for layer in channels.layers:
         if layer.pad is not None or layer.is_norm:
             continue
@@ -78,8 +78,7 @@ def _norms(channels: Channels, power: int, size: int) -> Scores:
             here = np.unique(numbers)
             norms = sums[here] ** (1 / power)
             total[here] += norms / max(float(norms.mean()), 1e-12)
-            terms[here] += 1
-    return total / np.maximum(terms, 1)
+    return total
 
 
 def _scales(channels: Channels, groups: list[Group], size: int) -> Scores:

@@ -37,8 +37,8 @@ class _Layer:
 class LowRank(Reshape):
     """Linear layers and convolutions as chains of smaller ones: SVD, Tucker-2, CP, or pairs of 1-D filters.
 
-    ratio: the share of the treated layers' parameters (`of: macs`, multiply-accumulates) that stays; the ranks of all
-    layers are chosen together (Kim et al., Efficient Neural Network Compression, CVPR 2019). energy: in its place, the
+    keep_ratio: the share of the treated layers' parameters (`of: macs`, multiply-accumulates) that stays; the ranks of
+    all layers are chosen together (Kim et al., Efficient Neural Network Compression, CVPR 2019). energy: in its place, the
     share of each layer's squared singular values that stays. convolution: what a k x k convolution becomes: `tucker`
     (1x1, k x k, 1x1: Kim et al. 2016), `cp` (1x1, k x 1 and 1 x k depthwise, 1x1: Lebedev et al. 2015), `spatial`
     (k x 1, 1 x k: Jaderberg et al. 2014); 1x1 convolutions and linear layers are split in two by their singular values
@@ -52,17 +52,17 @@ class LowRank(Reshape):
         self,
         *,
         energy: Fraction | None = None,
-        ratio: Fraction = 0.5,
+        keep_ratio: Fraction = 0.5,
         of: Literal["parameters", "macs"] = "parameters",
         convolution: Literal["tucker", "cp", "spatial"] = "tucker",
         layers: list[str] = [],  # noqa: B006 - read as text, and never changed
         skip: list[str] = [],  # noqa: B006
         round_to: PositiveInt = 4,
     ) -> None:
-        if energy is not None and ratio != 0.5:
-            message = "ranks come from `ratio` or from `energy`, not from both"
+        if energy is not None and keep_ratio != 0.5:
+            message = "ranks come from `keep_ratio` or from `energy`, not from both"
             raise ConfigError(Problem(message, key="energy", hint="leave one of them out"))
-        self.ratio = ratio
+        self.keep_ratio = keep_ratio
         self.energy, self.of, self.convolution = energy, of, convolution
         self.layers, self.skip, self.round_to = list(layers), list(skip), round_to
 
@@ -106,13 +106,13 @@ class LowRank(Reshape):
         if self.energy is not None:
             return [by_energy(ways, self.energy) for ways in options]
         total = sum(ways[0].cost for ways in options)
-        chosen = within_budget(options, self.ratio * total)
+        chosen = within_budget(options, self.keep_ratio * total)
         if chosen is None:
             least = sum(min(o.cost for o in ways) for ways in options) / total
-            message = (
-                f"of these layers' {self.of} a share of {self.ratio:g} cannot stay: at the lowest ranks {least:.3f} do"
+            message = f"of these layers' {self.of} a share of {self.keep_ratio:g} cannot stay: at the lowest ranks {least:.3f} do"
+            raise KdctlError(
+                message, hint="a larger keep_ratio, a smaller round_to, another convolution, or fewer layers"
             )
-            raise KdctlError(message, hint="a larger ratio, a smaller round_to, another convolution, or fewer layers")
         return chosen
 
 
@@ -128,7 +128,8 @@ def _find(model: Model, shape: tuple[int, int, int], stage: LowRank) -> list[_La
     if any(edit["edit"] == "fake_quant" for edit in model.record.structure or []):
         hint = "put low_rank before quantisation-aware training"
         raise ConfigError(Problem("a model with learned quantisation cannot be factorised", hint=hint))
-    shared = Counter(id(p) for m in net.modules() for p in m._parameters.values() if p is not None)
+    everywhere = [module for _, module in net.named_modules(remove_duplicate=False)]
+    shared = Counter(id(p) for module in everywhere for p in module._parameters.values() if p is not None)
     plain = {
         path: module
         for path, module in net.named_modules()

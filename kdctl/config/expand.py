@@ -194,9 +194,7 @@ class _Expansion:
         if "losses" not in given and "losses" not in update:
             update["losses"] = distill_losses(self.file.distill or Distill())
         if "optimizer" not in given:
-            lr = origin.optimizer.arguments.get("lr")
-            gentle = {"lr": round(lr * FINETUNE_LR, 12)} if isinstance(lr, float) else {}
-            update["optimizer"] = origin.optimizer.model_copy(update=gentle)
+            update["optimizer"] = _gentle(origin.optimizer, stage.method if "method" in given else _STAGE.method)
         own = {name: getattr(stage, name) for name in given}
         return TrainStage(**{"method": _STAGE.method, "balance": _STAGE.balance, **own, **update})
 
@@ -302,6 +300,15 @@ class _Expansion:
         done = complete(stage, group, keep=("target",))
         name = done.name or self._free_name(variant(done))
         self.stages.append(done.model_copy(update={"name": name, "start": self._model_before(stage.start)}))
+
+
+def _gentle(optimizer: Component, method: Component) -> Component:
+    """The optimizer of a finetune that names none: what its method asks for, else the student's, slowed down."""
+    own = registry.signature(registry.find("methods", method.kind)).attributes.get("finetune_optimizer")
+    if own:
+        return Component.model_validate(own)
+    lr = optimizer.arguments.get("lr")
+    return optimizer.model_copy(update={"lr": round(lr * FINETUNE_LR, 12)} if isinstance(lr, float) else {})
 
 
 def makes_model(stage: TrainStage | OutputStage) -> bool:

@@ -118,8 +118,8 @@ class Contents:
 
     bytes: the file. weight_bytes: its constants; the rest describes the graph. weights: numbers in weights of
     convolutions and linears. operators: how many the runtime executes. int8_operators: how many of them compute in
-    int8, None where the runtime does not tell. float_operators: names and counts of those that compute in float. delegated:
-    the share of operators on the runtime's fast path, None where there is only one path.
+    int8, None where the runtime does not tell. float_operators: names and counts of those that compute in float.
+    delegated: the share of operators on the runtime's fast path, None where there is only one path.
     """
 
     bytes: int

@@ -70,6 +70,8 @@ class Method:
     """Whether several processes may train it together."""
     one_gradient: ClassVar[bool] = True
     """Whether the gradient of a step is one, so that its norm can be clipped and its scale undone as a whole."""
+    finetune_optimizer: ClassVar[dict[str, Any]] = {}
+    """The optimizer of a `finetune` with this method that names none; empty: the experiment's, slowed down."""
     smoke: ClassVar[dict[str, Any]] = {}
     """The arguments that a smoke test sets, where two steps of the method would else take long."""
 

@@ -55,12 +55,13 @@ class QAT(Distill):
     skip: paths of layers that stay in float; `*` stands for any characters.
     calibration: how ranges are chosen before the first step, from `samples` training samples (percentile 99.99 %).
     observe_epochs: of `plain`: how long ranges of inputs follow what they meet; null: to the end.
-    step_lr: learning rate of steps and offsets, as a multiple of that of the weights; adam, which moves small numbers
-        as far as large ones, wants about 0.1. They have no weight decay.
+    step_lr: learning rate of steps and offsets, as a multiple of that of the weights; 0.1 is for adam, which moves
+        small numbers as far as large ones. They have no weight decay.
     """
 
     parallel: ClassVar[bool] = True
     smoke: ClassVar[dict[str, Any]] = {"samples": 8}
+    finetune_optimizer: ClassVar[dict[str, Any]] = {"kind": "adam", "lr": 0.0002}
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class QAT(Distill):
         calibration: Literal["minmax", "percentile", "entropy", "mse"] = "mse",
         samples: PositiveInt = 256,
         observe_epochs: NonNegativeInt | None = None,
-        step_lr: NonNegative = 1.0,
+        step_lr: NonNegative = 0.1,
     ) -> None:
         self.bits = (weight_bits, activation_bits)
         self.first_last_bits = first_last_bits

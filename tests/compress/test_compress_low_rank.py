@@ -180,7 +180,7 @@ def test_the_budget_holds_and_a_saved_model_comes_back(convolution: Any, of: Any
     model = build("resnet8")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.rand(3, 3, 16, 16)
-    result = LowRank(ratio=0.6, of=of, convolution=convolution, layers=["layer*.conv?"]).reshape(model, BENCH)
+    result = LowRank(keep_ratio=0.6, of=of, convolution=convolution, layers=["layer*.conv?"]).reshape(model, BENCH)
     small, details = result.model, result.details
     assert details["parameters"] == {"before": parameters(model), "after": parameters(small)}
     assert details["macs"] == {"before": macs(model, (3, 16, 16)), "after": macs(small, (3, 16, 16))}
@@ -215,7 +215,7 @@ def test_energy_is_kept_in_each_layer_and_taps_hold() -> None:
 
 
 def test_what_is_grouped_or_would_not_shrink_stays() -> None:
-    result = LowRank(ratio=0.7, of="macs").reshape(build("mobilenet_v2"), BENCH)
+    result = LowRank(keep_ratio=0.7, of="macs").reshape(build("mobilenet_v2"), BENCH)
     kept = dict(result.model.net.named_modules())
     depthwise = [p for p, m in build("mobilenet_v2").net.named_modules() if getattr(m, "groups", 1) > 1]
     assert depthwise and all(isinstance(kept[path], nn.Conv2d) for path in depthwise)
@@ -243,16 +243,18 @@ class Calls(nn.Module):
 def test_a_layer_counts_as_often_as_it_is_called(tmp_path: Path) -> None:
     (tmp_path / "calls.py").write_text(CALLS)
     model = build("./calls.py:Calls", base=tmp_path)
-    result = LowRank(ratio=0.6, of="macs", skip=["stem", "fc"]).reshape(model, BENCH)
+    result = LowRank(keep_ratio=0.6, of="macs", skip=["stem", "fc"]).reshape(model, BENCH)
     assert set(changed(result.model)) == {"once", "twice"}
     spent = 3 * 256 * 16 * 16 * 9
     saved = macs(model, (3, 16, 16)) - macs(result.model, (3, 16, 16))
     assert 0.5 * spent < spent - saved <= 0.6 * spent
+    with pytest.raises(KdctlError, match="no layer of this model"):  # it has two names
+        LowRank(energy=0.5, layers=["first"]).reshape(model, BENCH)
 
 
 def test_a_chain_can_be_made_after_other_edits(tmp_path: Path) -> None:
-    first = LowRank(ratio=0.8, layers=["layer3.*"]).reshape(build("resnet8"), BENCH).model
-    second = LowRank(ratio=0.8, layers=["layer1.*"]).reshape(first, BENCH).model
+    first = LowRank(keep_ratio=0.8, layers=["layer3.*"]).reshape(build("resnet8"), BENCH).model
+    second = LowRank(keep_ratio=0.8, layers=["layer1.*"]).reshape(first, BENCH).model
     assert changed(second)[: len(changed(first))] == changed(first) and len(changed(second)) > len(changed(first))
     save_model(second, tmp_path / "m")
     images = torch.rand(2, 3, 16, 16)
@@ -282,12 +284,12 @@ def test_a_forward_that_looks_into_its_layers_is_refused(tmp_path: Path) -> None
 def test_mistakes_are_said() -> None:
     model = build("resnet8")
     with pytest.raises(ConfigError, match="not from both"):
-        LowRank(ratio=0.4, energy=0.9)
+        LowRank(keep_ratio=0.4, energy=0.9)
     for key in ("layers", "skip"):
         with pytest.raises(ConfigError, match=f"{key}: 'layer9.*' meets no Linear or Conv2d"):
             LowRank(**{key: ["conv1", "layer9.*"]}).reshape(model, BENCH)  # type: ignore[arg-type]
     with pytest.raises(KdctlError, match=r"a share of 0.01 cannot stay: at the lowest ranks 0\.\d+ do"):
-        LowRank(ratio=0.01).reshape(model, BENCH)
+        LowRank(keep_ratio=0.01).reshape(model, BENCH)
     edited = build_model(ModelRecord("resnet8", {}, 10, model.record.class_names, [3, 16, 16], structure=[
         {"edit": "fake_quant", "path": "conv1"}
     ]))  # fmt: skip

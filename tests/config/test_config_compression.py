@@ -11,6 +11,7 @@ import yaml
 from kdctl.config.dump import dump_yaml
 from kdctl.config.expand import load_experiment
 from kdctl.config.recipe import Extended, read_recipe, recipe_of_options, with_stages
+from kdctl.config.schema import TrainStage
 from kdctl.errors import ConfigError
 
 TAUGHT = """\
@@ -47,10 +48,13 @@ def test_each_stage_takes_the_last_model(write: Write) -> None:
 def test_a_finetune_has_the_teacher_the_terms_and_a_fifth_of_the_rate(write: Write) -> None:
     experiment = load_experiment(write(TAUGHT + COMPRESS)).experiment
     student, tuned = experiment.student_stage, experiment.products[2]
+    assert isinstance(tuned, TrainStage)
     assert tuned.kind == "train" and tuned.role == "compressed" and tuned.epochs == 2
     assert tuned.teacher == student.teacher and tuned.losses == student.losses
     assert tuned.optimizer.arguments["lr"] == pytest.approx(student.optimizer.arguments["lr"] / 5)
     assert tuned.schedule == student.schedule and tuned.method.kind == "distill"
+    aware = experiment.products[3]
+    assert isinstance(aware, TrainStage) and aware.optimizer.kind == "adam", "what its method asks for"
 
 
 def test_without_a_teacher_the_model_as_it_was_teaches(write: Write) -> None:

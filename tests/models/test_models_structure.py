@@ -81,6 +81,7 @@ def test_a_model_without_edits_has_none_in_its_record(tmp_path: Path) -> None:
     assert "structure" not in json.loads((tmp_path / "m.json").read_text())
 
 
+HIDDEN_NAME = "_reversed_padding_repeated_twice"
 DAMAGED: dict[str, tuple[str, dict[str, Any]]] = {
     "no edit": ("resnet8", {"path": "conv1"}),
     "an unknown edit": ("resnet8", {"edit": "melt", "path": "conv1"}),
@@ -99,7 +100,7 @@ DAMAGED: dict[str, tuple[str, dict[str, Any]]] = {
     "a chain of what is no layer": ("resnet8", {"edit": "replace", "path": "fc", "layers": [{"kind": "Module"}]}),
     "arguments that no layer has": ("resnet8", {"edit": "replace", "path": "fc", "layers": [{"kind": "Linear"}]}),
     "a method": ("tiny_transformer", {"edit": "set", "path": "blocks.0.attention", "name": "forward", "value": 1}),
-    "a hidden attribute": ("resnet8", {"edit": "set", "path": "conv1", "name": "_modules", "value": {}}),
+    "a hidden attribute": ("resnet8", {"edit": "set", "path": "conv1", "name": HIDDEN_NAME, "value": []}),
     "no such attribute": ("resnet8", {"edit": "set", "path": "conv1", "name": "head_dim", "value": 1}),
     "a fraction": ("tiny_transformer", {"edit": "set", "path": "blocks.0.attention", "name": "head_dim", "value": 8.0}),
     "bits that do not exist": ("resnet8", {"edit": "fake_quant", "path": "conv1", "weight_bits": 99}),

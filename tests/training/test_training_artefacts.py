@@ -163,7 +163,7 @@ def test_a_pipeline_of_all_kinds(run: runs.Run, tmp_path: Path) -> None:
     assert documents[0]["after"]["macs"] < documents[0]["before"]["macs"]
     assert documents[-1]["details"]["mode"] == "static", "what learnt to be quantised is shipped so"
     assert documents[-1]["details"]["learned"] > 0
-    model, quantized = load_model(run / "artefacts" / "low_rank-0.5" / "model"), documents[-2]["agreement"]
+    model, quantized = load_model(run / "artefacts" / "low_rank-0.7" / "model"), documents[-2]["agreement"]
     assert sum(p.numel() for p in model.parameters()) == sizes[1] and 0 < quantized <= 100
     moved = tmp_path / "elsewhere"
     shutil.move(run.path, moved)
