@@ -53,6 +53,7 @@ def kdctl(*arguments: str) -> dict[str, Any]:
     print("$ kdctl " + " ".join(arguments), file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, "-m", "kdctl", *arguments, "--json"], stdout=subprocess.PIPE, text=True)
     if done.returncode not in (0, 6):
+        print(done.stdout, file=sys.stderr)
         sys.exit(done.returncode)
     return json.loads(done.stdout)
 

@@ -22,7 +22,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
@@ -163,7 +162,7 @@ def _sort_words(values: dict[str, Any], positional: Sequence[inspect.Parameter])
 
 
 def _is_override(word: str) -> bool:
-    return bool(_OVERRIDE.match(word)) and not Path(word).exists()
+    return bool(_OVERRIDE.match(word)) and not os.path.exists(word)  # which no length of a name upsets
 
 
 def spare_pydantic(parameter: Any, annotation: Any) -> None:
