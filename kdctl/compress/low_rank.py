@@ -38,7 +38,7 @@ class LowRank(Reshape):
     """Linear layers and convolutions as chains of smaller ones: SVD, Tucker-2, CP, or pairs of 1-D filters.
 
     keep_ratio: the share of the treated layers' parameters (`of: macs`, multiply-accumulates) that stays; the ranks of
-    all layers are chosen together (Kim et al., Efficient Neural Network Compression, CVPR 2019). energy: in its place, the
+    all layers are chosen together (Kim et al., Efficient Neural Network Compression, CVPR 2019). energy: instead, the
     share of each layer's squared singular values that stays. convolution: what a k x k convolution becomes: `tucker`
     (1x1, k x k, 1x1: Kim et al. 2016), `cp` (1x1, k x 1 and 1 x k depthwise, 1x1: Lebedev et al. 2015), `spatial`
     (k x 1, 1 x k: Jaderberg et al. 2014); 1x1 convolutions and linear layers are split in two by their singular values
@@ -109,10 +109,9 @@ class LowRank(Reshape):
         chosen = within_budget(options, self.keep_ratio * total)
         if chosen is None:
             least = sum(min(o.cost for o in ways) for ways in options) / total
-            message = f"of these layers' {self.of} a share of {self.keep_ratio:g} cannot stay: at the lowest ranks {least:.3f} do"
-            raise KdctlError(
-                message, hint="a larger keep_ratio, a smaller round_to, another convolution, or fewer layers"
-            )
+            message = f"a share of {self.keep_ratio:g} of these layers' {self.of} is too little: {least:.3f} are left"
+            hint = "a larger keep_ratio, a smaller round_to, another convolution, or fewer layers"
+            raise KdctlError(f"{message} at the lowest ranks", hint=hint)
         return chosen
 
 

@@ -288,7 +288,7 @@ def test_mistakes_are_said() -> None:
     for key in ("layers", "skip"):
         with pytest.raises(ConfigError, match=f"{key}: 'layer9.*' meets no Linear or Conv2d"):
             LowRank(**{key: ["conv1", "layer9.*"]}).reshape(model, BENCH)  # type: ignore[arg-type]
-    with pytest.raises(KdctlError, match=r"a share of 0.01 cannot stay: at the lowest ranks 0\.\d+ do"):
+    with pytest.raises(KdctlError, match=r"a share of 0.01 of these layers' parameters is too little: 0\.\d+ are"):
         LowRank(keep_ratio=0.01).reshape(model, BENCH)
     edited = build_model(ModelRecord("resnet8", {}, 10, model.record.class_names, [3, 16, 16], structure=[
         {"edit": "fake_quant", "path": "conv1"}

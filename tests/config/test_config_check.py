@@ -111,7 +111,7 @@ VALUES = [
     ("stages: [{kind: train, from: 3}]", "stages.0.from", "got 3; allowed: text", None),
     ("stages: [{kind: train, name: a/b}]", "stages.0.name", "a name of letters", None),
     ("stages: [7]", "stages.0", "got 7; allowed: a map of keys", None),
-    ("stages: [{}, {kind: export}]", "stages.1.target", "needs a target; allowed: onnx", None),
+    ("stages: [{}, {kind: export}]", "stages.1.target", "needs a target; allowed: executorch", None),
     ("name: ../x", "name", "a name of letters", None),
     ("name: ..", "name", "a name of letters", None),
     ("compress: [{kind: quantize, dtype: int9}]", "compress.0.dtype", "got 'int9'; allowed: 'int8'", "'int8'"),
