@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from typing import Any
 
 from kdctl import build, runs
+from kdctl.artefacts.yardstick import Yardstick
 from kdctl.config.recipe import Extended
+from kdctl.config.schema import Experiment
 from kdctl.device import apply_settings
 from kdctl.errors import Interrupted
 from kdctl.pipeline import Logged, run_products
@@ -14,8 +17,15 @@ from kdctl.runs import Run
 from kdctl.watch import Reporter, StopSignal
 
 
-def extend(run: Run, more: Extended, reporter: Reporter) -> list[dict[str, Any]]:
+def yardstick(run: Run, experiment: Experiment, reporter: Reporter) -> Yardstick:
+    """What several extensions of a run are measured against."""
+    return Yardstick(run, experiment, build.build_data(experiment), Logged(run, reporter).say)
+
+
+def extend(run: Run, more: Extended, reporter: Reporter, measured: Yardstick | None = None) -> list[dict[str, Any]]:
     """Runs further stages of a finished run and returns the document of each artefact that was asked for.
+
+    measured: shared with other extensions of the run; one of its own when left out.
 
     The run's config.yaml names them from the start, so that `kdctl resume` takes up what a signal stops. Where anything
     else goes wrong, the run forgets the stages that are not done, with all that they have left.
@@ -27,8 +37,10 @@ def extend(run: Run, more: Extended, reporter: Reporter) -> list[dict[str, Any]]
             runs.write_text(run.config, more.config)
             run.update(status="running", stages=kept | dict.fromkeys(more.waiting, "waiting"))
             apply_settings(more.experiment.train)
-            data = build.build_data(more.experiment)
-            run_products(run, more.experiment, Logged(run, reporter), stop, data)
+            own = yardstick(run, more.experiment, reporter) if measured is None else contextlib.nullcontext(measured)
+            with own as against:
+                against.experiment = more.experiment
+                run_products(against, Logged(run, reporter), stop)
         except (Interrupted, KeyboardInterrupt) as stopped:
             run.update(status="interrupted")
             if isinstance(stopped, Interrupted):

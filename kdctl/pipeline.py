@@ -79,31 +79,29 @@ def _run_stages(run: Run, experiment: Experiment, reporter: Reporter, stop: Stop
             _train(run, experiment, stage, data, reporter, stop)
     if not (run / "summary.json").exists():
         runs.write_json(run / "summary.json", summarize(run, experiment, data))
-    run_products(run, experiment, reporter, stop, data)
+    with Yardstick(run, experiment, data, reporter.say) as yardstick:
+        run_products(yardstick, reporter, stop)
     made = [run / "artefacts" / stage.name / "result.json" for stage in experiment.products]
     return runs.read_json(run / "summary.json") | {"artefacts": [runs.read_json(p) for p in made if p.is_file()]}
 
 
-def run_products(
-    run: Run, experiment: Experiment, reporter: Reporter, stop: StopSignal, data: Data
-) -> list[dict[str, Any]]:
+def run_products(yardstick: Yardstick, reporter: Reporter, stop: StopSignal) -> list[dict[str, Any]]:
     """Runs the stages that leave an artefact and are not done yet, in order, until one misses a gate."""
-    documents = []
-    with Yardstick(run, experiment, data, reporter.say) as yardstick:
-        for stage in experiment.products:
-            if run.info["stages"].get(stage.name) == "done":
-                continue
-            if isinstance(stage, TrainStage):
-                _train(run, experiment, stage, data, reporter, stop, done=False)
-            else:
-                reporter.say(f"stage {stage.name}")
-            document = make(yardstick, stage)
-            run.set_stage(stage.name, "done")
-            documents.append(document)
-            if check_gates(document) is not None:
-                reporter.say(f"stage {stage.name} misses a gate: no stage after it runs")
-                break
-            stop.check(f"after stage {stage.name}; `kdctl resume {run}` continues")
+    run, experiment, documents = yardstick.run, yardstick.experiment, []
+    for stage in experiment.products:
+        if run.info["stages"].get(stage.name) == "done":
+            continue
+        if isinstance(stage, TrainStage):
+            _train(run, experiment, stage, yardstick.data, reporter, stop, done=False)
+        else:
+            reporter.say(f"stage {stage.name}")
+        document = make(yardstick, stage)
+        run.set_stage(stage.name, "done")
+        documents.append(document)
+        if check_gates(document) is not None:
+            reporter.say(f"stage {stage.name} misses a gate: no stage after it runs")
+            break
+        stop.check(f"after stage {stage.name}; `kdctl resume {run}` continues")
     return documents
 
 

@@ -24,7 +24,6 @@ from kdctl import stats
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results" / "compression.json"
 CONFIGS = ROOT / "configs" / "compression"
-SEEDS = (0, 1, 2)
 WITHOUT = ["compress.finetune.losses=[{kind: ce}]", "compress.finetune.teacher=null"]
 PRUNE_ARMS: dict[str, list[str]] = {
     "distilled": [],
@@ -79,7 +78,7 @@ def brief(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def prune(options: argparse.Namespace) -> None:
-    for seed in SEEDS:
+    for seed in options.seeds:
         for arm, overrides in PRUNE_ARMS.items():
             name = f"{arm}, seed {seed}"
             if name in read().get("prune", {}):
@@ -101,7 +100,7 @@ def prune(options: argparse.Namespace) -> None:
 
 
 def pipeline(options: argparse.Namespace) -> None:
-    for seed in SEEDS:
+    for seed in options.seeds:
         name = f"seed {seed}"
         if name in read().get("pipeline", {}):
             continue
@@ -113,7 +112,7 @@ def pipeline(options: argparse.Namespace) -> None:
 def qat(options: argparse.Namespace) -> None:
     augment = "data.augment=[{kind: random_crop, padding: 4}, {kind: horizontal_flip}]"
     for arm, (after, aware) in QAT_ARMS.items():
-        for seed in SEEDS:
+        for seed in options.seeds:
             name = f"{arm}, seed {seed}"
             if name in read().get("qat", {}):
                 continue
@@ -172,6 +171,7 @@ def main() -> None:
     parser.add_argument("what", choices=["prune", "pipeline", "qat", "runtimes", "table"])
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
     options = parser.parse_args()
     if options.what == "table":
         print(table())

@@ -41,15 +41,18 @@ def measure(
     made_of = after if target == TORCH else yardstick.of_model(source)
     paths = {"before": student, "after": path}
     said = {"before": before, "after": after}
-    if target != TORCH:
+    own = stage.kind == "export" and source == student  # then it is itself what fp32 is in this runtime
+    if own:
+        yardstick.keep_plain(target, student, path, after)
+    elif target != TORCH:
         plain, plain_said = yardstick.plain(target, student)
         paths, said = paths | {"same_runtime": plain}, said | {"same_runtime": plain_said}
     timed = _time(target, paths)
     small, whole = load_model(path if target == TORCH else source), load_model(student)
     columns: dict[str, dict[str, Any]] = {}
-    for name, model in (("before", whole), ("same_runtime", whole), ("after", small)):
-        if name not in paths:  # in PyTorch, which is the runtime of the artefact too
-            columns[name] = columns["before"]
+    for name, model in (("before", whole), ("after", small), ("same_runtime", whole)):
+        if name not in paths:  # PyTorch is the runtime of the artefact too, or the artefact is fp32 in its runtime
+            columns[name] = columns["after" if own else "before"]
             continue
         columns[name] = {
             "bytes": _bytes(TORCH if name == "before" else target, paths[name]),

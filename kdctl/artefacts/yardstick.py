@@ -3,6 +3,7 @@ own fp32 file of the student."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,13 @@ class Yardstick:
             files.write(target, model, path, record_metadata(model.record.to_dict()))
             self._plain[target, stem] = path, self.predictions(open_file(target, path))
         return self._plain[target, stem]
+
+    def keep_plain(self, target: str, stem: Path, path: Path, said: Predictions) -> None:
+        """Keeps an fp32 file of a saved model that was made already, so that it is neither made nor asked again."""
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+        for file in registry.create("exporters", target, {}).files(path):
+            shutil.copyfile(file, folder / file.name)
+        self._plain[target, stem] = folder / path.name, said
 
     def predictions(self, predictor: Any) -> Predictions:
         return predict(predictor, self.samples, self.experiment.data.eval_batch_size)

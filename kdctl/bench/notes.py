@@ -38,6 +38,8 @@ def explain(columns: Mapping[str, Mapping[str, Any]], contents: Holds | None) ->
     """
     before, same, after = (columns[name] for name in ("before", "same_runtime", "after"))
     milliseconds = same["cpu_ms"]["1"], after["cpu_ms"]["1"]
+    if contents is not None and same == after:
+        return [*_explain_fp32_size(before["bytes"], contents), *_explain_runtime(before, after)]
     if contents is None:
         return [
             *_explain_model_size(before["bytes"], after["bytes"], after["parameters"] / before["parameters"]),
@@ -54,6 +56,25 @@ def explain(columns: Mapping[str, Mapping[str, Any]], contents: Holds | None) ->
             macs_before=same["macs"], delegated=contents.delegated,
         ),
     ]  # fmt: skip
+
+
+def _explain_fp32_size(before: int, contents: Holds) -> list[str]:
+    """A note on an fp32 file of the student itself, where it is a tenth larger than the weights."""
+    if contents.bytes < 1.1 * before:
+        return []
+    ratio, rest = contents.bytes / before, contents.bytes - contents.weight_bytes
+    return [f"{ratio:.2f}x the bytes of the weights: {rest:,} bytes describe the graph"]
+
+
+def _explain_runtime(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """A note on an fp32 file of the student itself, where its runtime is no faster than PyTorch."""
+    speedup = before["cpu_ms"]["1"] / after["cpu_ms"]["1"]
+    if speedup >= 1.1:
+        return []
+    word = "not faster" if speedup < 1 else "hardly faster"
+    return [
+        f"{word} than fp32 in PyTorch ({speedup:.2f}x): this runtime fuses or schedules nothing better for this net"
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- bytes

@@ -25,9 +25,8 @@ def export(
     run, start = _found(what)
     from kdctl.config.recipe import recipe_of_options, with_stages
 
-    wanted = [_stage(target, kind, start) for target in targets for kind in dtypes]
-    for stage in wanted:
-        with_stages(run.config, options.overrides, recipe_of_options([stage]))  # what is wrong is said before any work
+    recipes = [recipe_of_options([_stage(target, kind, start)]) for target in targets for kind in dtypes]
+    all_of = [with_stages(run.config, options.overrides, recipe) for recipe in recipes]  # says what is wrong with any
     console.say("loading torch ...")
     from kdctl import extension
     from kdctl.cli.progress import TextReporter
@@ -35,18 +34,21 @@ def export(
     documents: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     errors: list[KdctlError] = []
-    for stage in wanted:
-        more = with_stages(run.config, options.overrides, recipe_of_options([stage]))
-        try:
-            documents += extension.extend(run, more, TextReporter(options.quiet))
-        except Interrupted as stopped:
-            return Reply({"run": stopped.run, "status": "interrupted"}, lambda _: None, stopped)
-        except KdctlError as error:
-            if len(wanted) == 1:
-                raise
-            console.say(f"{more.names[0]}: {error}")
-            failures.append({"target": stage["target"], "variant": more.names[0], "error": str(error)})
-            errors.append(error)
+    reporter = TextReporter(options.quiet)
+    with extension.yardstick(run, all_of[0].experiment, reporter) as measured:
+        for recipe in recipes:
+            more = with_stages(run.config, options.overrides, recipe)
+            try:
+                documents += extension.extend(run, more, reporter, measured)
+            except Interrupted as stopped:
+                return Reply({"run": stopped.run, "status": "interrupted"}, lambda _: None, stopped)
+            except KdctlError as error:
+                if len(recipes) == 1:
+                    raise
+                console.say(f"{more.names[0]}: {error}")
+                target = recipe.data["compress"][0]["target"]
+                failures.append({"target": target, "variant": more.names[0], "error": str(error)})
+                errors.append(error)
     return Reply(_document(run, documents, failures), _show, _verdict(documents, errors))
 
 

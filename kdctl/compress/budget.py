@@ -25,6 +25,10 @@ GRID = 200
 """Moments of a way on which every group loses the same share."""
 
 
+class OutOfReach(KdctlError):
+    """No net of the allowed widths meets a budget."""
+
+
 @dataclass
 class Way:
     """num_steps: its last moment. at: the numbers of units that are gone at a moment, from 0 to num_steps."""
@@ -120,13 +124,13 @@ def search(way: Way, cost: Callable[[Collection[int]], float], budget: float, wh
     """What is removed at the first moment of a way that costs no more than the budget; of what that moment alone takes
     away, the groups get back as much as the budget allows, the most important first.
 
-    Raises KdctlError where not even the last moment's net fits.
+    Raises OutOfReach where not even the last moment's net fits.
     """
     low, high = 0, way.num_steps
     smallest = cost(way.at(high))
     if smallest > budget:
         hint = "a larger budget, a smaller round_to, or fewer layers in skip"
-        raise KdctlError(f"pruning cannot reach {budget:g} {what}: the narrowest net has {smallest:g}", hint=hint)
+        raise OutOfReach(f"pruning cannot reach {budget:g} {what}: the narrowest net has {smallest:g}", hint=hint)
     while low < high:
         middle = (low + high) // 2
         if cost(way.at(middle)) <= budget:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdctl.bench import cost as measured
 from kdctl.compress.base import Floats, Reshape, Reshaped, Workbench
-from kdctl.compress.budget import Costs, Of, Ranking, Way, cheapest_first, overall, search, uniform
+from kdctl.compress.budget import Costs, Of, OutOfReach, Ranking, Way, cheapest_first, overall, search, uniform
 from kdctl.compress.channel_rules import follow
 from kdctl.compress.channels import NORMS, Channels, Group
 from kdctl.compress.importance import importance
@@ -42,12 +42,13 @@ class Prune(Reshape):
 
     ratio: the share that is removed, of: the multiply-accumulates, the parameters or the channels that may go.
     importance: what decides which channels of a layer go first. round_to: what the channels that stay in a layer are a
-    multiple of; processors work on 8 or 16 at once. scope: `global` ranks the channels of all layers together by their
-    importance for what they cost, `uniform` takes the same share of each, `sensitivity` scans what the output of each
-    layer's narrower versions loses and takes the cheapest. skip: patterns of layers (`layer1.*`) whose outputs stay.
-    latency_ms: in the place of ratio: the largest net that takes no longer in ONNX Runtime (fp32, one image, one
-    thread), predicted, then measured. samples: training images for taylor, the scan and recalibrate. recalibrate:
-    whether the statistics of batch normalisations are taken anew from them, without labels.
+    multiple of; processors work on 8 or 16 at once; where that cannot meet the budget, half of it, and so on. scope:
+    `global` ranks the channels of all layers together by their importance for what they cost, `uniform` takes the same
+    share of each, `sensitivity` scans what the output of each layer's narrower versions loses and takes the cheapest.
+    skip: patterns of layers (`layer1.*`) whose outputs stay. latency_ms: in the place of ratio: the largest net that
+    takes no longer in ONNX Runtime (fp32, one image, one thread), predicted, then measured. samples: training images
+    for taylor, the scan and recalibrate. recalibrate: whether the statistics of batch normalisations are taken anew
+    from them, without labels.
     """
 
     def __init__(
@@ -96,22 +97,35 @@ class Prune(Reshape):
             hint = "layers whose channels meet an unknown operation, a layer normalisation or the classes stay"
             raise KdctlError("there is nothing to prune in this net", hint=hint)
         costs = Costs(channels, groups, _macs(model), measured.parameters(model))
-        ranking = Ranking(
-            groups, importance(self.importance, model, channels, groups, bench, self.samples), self.round_to
-        )
-        way, scan = self._way(model, channels, ranking, costs, bench)
-        if self.latency_ms is not None:
-            removed, about = self._by_latency(model, channels, way, ranking, bench.say)
-        else:
-            total = costs.of(self.of)
-            removed, about = search(way, total, (1 - self.ratio) * total(()), self.of, ranking), {}
+        scores = importance(self.importance, model, channels, groups, bench, self.samples)
+        round_to = self.round_to
+        while True:
+            try:
+                removed, about = self._within_budget(model, channels, Ranking(groups, scores, round_to), costs, bench)
+                break
+            except OutOfReach:
+                if round_to == 1:
+                    raise
+                bench.say(f"prune: multiples of {round_to} channels cannot meet the budget, of {round_to // 2} may")
+                round_to //= 2
         if not removed and (self.ratio > 0 or self.latency_ms is not None):
             bench.say("prune: the budget holds already, nothing is removed")
         try:
             result = narrow(model, channels, removed)
         except KdctlError as error:
             return None, {"error": str(error)}
-        return result, self._details(model, result, channels, groups) | about | scan
+        return result, self._details(model, result, channels, groups) | {"round_to": round_to} | about
+
+    def _within_budget(
+        self, model: Model, channels: Channels, ranking: Ranking, costs: Costs, bench: Workbench
+    ) -> tuple[set[int], dict[str, Any]]:
+        """The units to remove, and what is told of their choice. Raises OutOfReach."""
+        way, scan = self._way(model, channels, ranking, costs, bench)
+        if self.latency_ms is not None:
+            removed, about = self._by_latency(model, channels, way, ranking, bench.say)
+            return removed, about | scan
+        total = costs.of(self.of)
+        return search(way, total, (1 - self.ratio) * total(()), self.of, ranking), scan
 
     def _way(
         self, model: Model, channels: Channels, ranking: Ranking, costs: Costs, bench: Workbench
@@ -160,7 +174,6 @@ class Prune(Reshape):
         return {
             "importance": self.importance,
             "scope": self.scope,
-            "round_to": self.round_to,
             "channels": layers,
             "fixed": [path for path in layers if path not in movable],
             "macs": [_macs(before), _macs(after)],

@@ -36,7 +36,9 @@ SHAPE = (3, 32, 32)
 def main() -> None:
     root, weights, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
     epochs = int(sys.argv[4]) if len(sys.argv) > 4 else 1
-    experiment = load_experiment(CONFIG, [f"data.root={root}", f"student.weights={weights}"]).experiment
+    experiment = load_experiment(
+        CONFIG, [f"data.root={root}", f"student.weights={weights}", "data.limit=20000"]
+    ).experiment
     data, task = build.build_data(experiment), build.build_task(experiment)
     model = build.build_model(experiment.student, data, "student")
     torch.manual_seed(seed)
