@@ -113,8 +113,7 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
-        return 1
+        return _unheard(1)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -122,12 +121,22 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(error: KdctlError, as_json: bool) -> int:
-    if as_json:
-        console.print_json(error.as_dict())
-    else:
+    try:
+        if as_json:
+            console.print_json(error.as_dict())
+        else:
+            sys.stdout.flush()
+            console.print_error(error)
         sys.stdout.flush()
-        console.print_error(error)
+    except BrokenPipeError:
+        return _unheard(error.code)
     return error.code
+
+
+def _unheard(code: int) -> int:
+    """The exit code where nobody reads what is printed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
+    return code
 
 
 def _as_kdctl_error(error: Exception) -> KdctlError:
