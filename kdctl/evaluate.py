@@ -176,7 +176,7 @@ def evaluate_run(
     size = experiment.data.eval_batch_size
     student = load_student(run, experiment, checkpoint)
     build.check_fits(student.record, data, "student")
-    predictions = predict(TorchPredictor(_quick(student), device), samples, size)
+    predictions = predict(TorchPredictor(quick(student), device), samples, size)
     document = describe(predictions, task, data) | {"split": split, "checkpoint": checkpoint}
     teacher, notes = predict_teacher(run, experiment, data, split, device) if with_teacher else (None, [])
     document["teacher"] = None if teacher is None else metrics(teacher, task)
@@ -201,11 +201,11 @@ def evaluate_config(experiment: Experiment, split: str = "test", device: str = "
         raise MissingError(Problem("the student has no weights to measure", key="student.weights", hint=hint))
     data, task = build.build_data(experiment), build.build_task(experiment)
     student = build.build_model(experiment.student, data, "student")
-    predictions = predict(TorchPredictor(_quick(student), device), data.split(split), experiment.data.eval_batch_size)
+    predictions = predict(TorchPredictor(quick(student), device), data.split(split), experiment.data.eval_batch_size)
     return describe(predictions, task, data) | {"split": split, "teacher": None, "agreement": None, "notes": []}
 
 
-def _quick(model: Model) -> Model:
+def quick(model: Model) -> Model:
     """The model in the form that predicts most samples a second, the same up to rounding: batch normalisation folded,
     channels last in memory."""
     net = copy.deepcopy(folded(model.eval().net))
@@ -254,7 +254,7 @@ def predict_teacher(
     for number, model in enumerate(teachers):
 
         def measure(model: Model = model) -> Floats:
-            return predict(TorchPredictor(_quick(model), device), samples, size).logits
+            return predict(TorchPredictor(quick(model), device), samples, size).logits
 
         kept = experiment.teacher_cache is not None and device == "cpu"
         said.append(clean_logits(experiment, stage, number, model, data, split, measure) if kept else measure())

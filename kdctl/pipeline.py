@@ -32,17 +32,21 @@ from kdctl.watch import Reporter, StopSignal
 _TEACHER_CHECK_SAMPLES = 2000
 
 
-def run_stages(run: Run, experiment: Experiment, reporter: Reporter, data: Data | None = None) -> dict[str, Any]:
+def run_stages(
+    run: Run, experiment: Experiment, reporter: Reporter, data: Data | None = None, timed: bool = True
+) -> dict[str, Any]:
     """Runs every stage that is not done yet and returns the run's summary, which is also summary.json.
 
-    data: the experiment's own when left out.
+    data: the experiment's own when left out. timed: whether the latencies of artefacts are measured.
     Raises what a stage raises; the run's status then says `interrupted` or `failed`, and resume takes it up again.
     """
     with run.locked(), StopSignal() as stop:
         run.update(status="running")
         try:
             apply_settings(experiment.train)
-            result = _run_stages(run, experiment, Logged(run, reporter), stop, data or build.build_data(experiment))
+            result = _run_stages(
+                run, experiment, Logged(run, reporter), stop, data or build.build_data(experiment), timed
+            )
         except (Interrupted, KeyboardInterrupt) as stopped:
             run.update(status="interrupted")
             if isinstance(stopped, Interrupted):
@@ -73,13 +77,15 @@ class Logged(Reporter):
         self.reporter.epoch(line, epochs)
 
 
-def _run_stages(run: Run, experiment: Experiment, reporter: Reporter, stop: StopSignal, data: Data) -> dict[str, Any]:
+def _run_stages(
+    run: Run, experiment: Experiment, reporter: Reporter, stop: StopSignal, data: Data, timed: bool
+) -> dict[str, Any]:
     for stage in experiment.train_stages:
         if stage.role != "compressed" and run.info["stages"].get(stage.name) != "done":
             _train(run, experiment, stage, data, reporter, stop)
     if not (run / "summary.json").exists():
         runs.write_json(run / "summary.json", summarize(run, experiment, data))
-    with Yardstick(run, experiment, data, reporter.say) as yardstick:
+    with Yardstick(run, experiment, data, reporter.say, timed) as yardstick:
         run_products(yardstick, reporter, stop)
     made = [run / "artefacts" / stage.name / "result.json" for stage in experiment.products]
     return runs.read_json(run / "summary.json") | {"artefacts": [runs.read_json(p) for p in made if p.is_file()]}

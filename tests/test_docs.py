@@ -33,7 +33,7 @@ from kdctl.errors import Interrupted, KdctlError
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ["README.md", "CONTRIBUTING.md", "docs/compression.md"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?")
+NUMBER = re.compile(r"[-+]?\d+(,\d{3})*(\.\d+)?")
 
 
 def text_of(document: str) -> str:
@@ -262,8 +262,8 @@ def test_what_is_said_to_be_missing_is_missing_and_the_rest_is_named() -> None:
 @pytest.mark.parametrize("document", [*DOCS, "CHANGELOG.md"])
 def test_links_and_scripts_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", text_of(document)):
-        assert target.startswith("https://") or (ROOT / target).is_file(), target
-    for script in re.findall(r"scripts/\w+(?:/\w+)*(?:\.py)?", text_of(document)):
+        assert target.startswith("https://") or ((ROOT / document).parent / target).is_file(), target
+    for script in re.findall(r"scripts/[\w-]+(?:/[\w-]+)*(?:\.py)?", text_of(document)):
         assert (ROOT / script).is_file(), script
         assert script.endswith(".py") or os.access(ROOT / script, os.X_OK), script
 

@@ -37,7 +37,7 @@ def measure(
     student = yardstick.run.stage_dir(experiment.origin(stage).name) / "model"
     before = yardstick.of_model(student)
     predictor = open_file(target, path)
-    after = yardstick.predictions(predictor)
+    after = yardstick.of_model(path) if target == TORCH else yardstick.predictions(predictor)
     made_of = after if target == TORCH else yardstick.of_model(source)
     paths = {"before": student, "after": path}
     said = {"before": before, "after": after}
@@ -47,7 +47,7 @@ def measure(
     elif target != TORCH:
         plain, plain_said = yardstick.plain(target, student)
         paths, said = paths | {"same_runtime": plain}, said | {"same_runtime": plain_said}
-    timed = _time(target, paths)
+    timed = _time(target, paths) if yardstick.timed else {}
     small, whole = load_model(path if target == TORCH else source), load_model(student)
     columns: dict[str, dict[str, Any]] = {}
     for name, model in (("before", whole), ("after", small), ("same_runtime", whole)):
@@ -59,8 +59,8 @@ def measure(
             "parameters": cost.parameters(model.net),
             "macs": cost.macs(model, image_shape(model)),
             "metrics": yardstick.metrics(said[name]),
-            "latency_ms": {str(b): timed[name, b].p50_ms for b in BATCHES},
-            "cpu_ms": {str(b): timed[name, b].cpu_ms for b in BATCHES},
+            "latency_ms": {str(b): timed[name, b].p50_ms for b in BATCHES if timed},
+            "cpu_ms": {str(b): timed[name, b].cpu_ms for b in BATCHES if timed},
         }
     teacher = yardstick.of_teacher()
     contents = files.inspect(target, path) if target != TORCH else None
@@ -78,7 +78,7 @@ def measure(
         "max_abs_diff": _furthest(after, made_of),
         "largest_logit": float(np.abs(made_of.logits).max()),
         "delegated": None if contents is None else contents.delegated,
-        "notes": notes.explain(columns, contents),
+        "notes": notes.explain(columns, contents) if timed else [],
     }
 
 

@@ -17,7 +17,7 @@ from kdctl.compress.base import Floats, Workbench
 from kdctl.config.schema import Experiment
 from kdctl.data.loader import as_float
 from kdctl.data.prepare import Data, stratified
-from kdctl.evaluate import Predictions, TorchPredictor, batches, metrics, open_torch, predict
+from kdctl.evaluate import Predictions, TorchPredictor, batches, metrics, open_torch, predict, quick
 from kdctl.export import files
 from kdctl.export.onnx import record_metadata
 from kdctl.models.record import Model, load_model
@@ -30,10 +30,15 @@ _QUALITY_SAMPLES = 5000
 
 
 class Yardstick:
-    """What artefacts of one run are measured with. Use it in a `with`: it holds files in a temporary folder."""
+    """What artefacts of one run are measured with. Use it in a `with`: it holds files in a temporary folder.
 
-    def __init__(self, run: Run, experiment: Experiment, data: Data, say: Callable[[str], None] = print) -> None:
-        self.run, self.experiment, self.data, self.say = run, experiment, data, say
+    timed: whether latencies are measured; a smoke test does without.
+    """
+
+    def __init__(
+        self, run: Run, experiment: Experiment, data: Data, say: Callable[[str], None] = print, timed: bool = True
+    ) -> None:
+        self.run, self.experiment, self.data, self.say, self.timed = run, experiment, data, say, timed
         self.task = build.build_task(experiment)
         self.split = next(name for name in ("test", "val", "train") if getattr(data, name) is not None)
         self.samples = data.split(self.split)
@@ -53,7 +58,7 @@ class Yardstick:
     def of_model(self, stem: Path) -> Predictions:
         """What a saved model says of the split, in fp32 in PyTorch."""
         if stem not in self._models:
-            self._models[stem] = self.predictions(TorchPredictor(load_model(stem)))
+            self._models[stem] = self.predictions(TorchPredictor(quick(load_model(stem))))
         return self._models[stem]
 
     def of_teacher(self) -> Predictions | None:

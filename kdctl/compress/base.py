@@ -43,9 +43,13 @@ class Reshaped:
 
 
 class Compression:
-    """A stage of compression: a Reshape or a Compressor. makes: `model` or `file`."""
+    """A stage of compression: a Reshape or a Compressor.
+
+    makes: `model` or `file`. smoke: the arguments that a smoke test sets, where the stage would else take long.
+    """
 
     makes: ClassVar[str]
+    smoke: ClassVar[dict[str, Any]] = {}
 
 
 class Reshape(Compression):

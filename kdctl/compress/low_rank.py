@@ -48,6 +48,8 @@ class LowRank(Reshape):
     what it gave, so taps hold.
     """
 
+    smoke = {"convolution": "tucker"}
+
     def __init__(
         self,
         *,

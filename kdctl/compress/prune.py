@@ -51,6 +51,8 @@ class Prune(Reshape):
     from them, without labels.
     """
 
+    smoke = {"samples": 8, "latency_ms": None}
+
     def __init__(
         self,
         *,

@@ -47,6 +47,8 @@ class Quantize(Compressor):
     layers stay in fp32 too, as many as it takes.
     """
 
+    smoke = {"samples": 8}
+
     def __init__(
         self,
         *,

@@ -253,4 +253,4 @@ def test_a_closed_pipe_is_quiet():
 def test_shell_completion_knows_the_commands():
     environment = {**os.environ, "_KDCTL_COMPLETE": "complete_bash", "COMP_WORDS": "kdctl ex", "COMP_CWORD": "1"}
     done = subprocess.run([sys.executable, "-m", "kdctl"], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["explain"], done.stderr
+    assert done.stdout.split() == ["explain", "export"], done.stderr
