@@ -17,8 +17,8 @@ from kdctl.errors import ConfigError, KdctlError, Problem
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from kdctl.compress.forms import Form, Ranks, Shape
-    from kdctl.compress.rank_choice import Option
+    from kdctl.compress.factors.forms import Form, Ranks, Shape
+    from kdctl.compress.factors.rank_choice import Option
     from kdctl.models.record import Model
 
 
@@ -102,7 +102,7 @@ class LowRank(Reshape):
 
     def _choose(self, layers: list[_Layer]) -> list[Option]:
         """For each layer what becomes of it."""
-        from kdctl.compress.rank_choice import by_energy, within_budget
+        from kdctl.compress.factors.rank_choice import by_energy, within_budget
 
         options = [_options(layer, self.of, self.round_to) for layer in layers]
         if self.energy is not None:
@@ -123,7 +123,7 @@ def _find(model: Model, shape: tuple[int, int, int], stage: LowRank) -> list[_La
     from torch import nn
     from torch.nn.utils.parametrize import is_parametrized
 
-    from kdctl.compress.forms import form
+    from kdctl.compress.factors.forms import form
 
     net = model.net
     if any(edit["edit"] == "fake_quant" for edit in model.record.structure or []):
@@ -204,8 +204,8 @@ def _map(feature: Tensor, dims: int) -> tuple[int, int]:
 
 def _options(layer: _Layer, of: str, round_to: int) -> list[Option]:
     """The layer as it is, then every chain that costs less."""
-    from kdctl.compress.forms import sites
-    from kdctl.compress.rank_choice import Option
+    from kdctl.compress.factors.forms import sites
+    from kdctl.compress.factors.rank_choice import Option
 
     def cost(shapes: Sequence[Shape], places: list[int]) -> float:
         each = [prod(shape) * (1 if of == "parameters" else place) for shape, place in zip(shapes, places, strict=True)]
@@ -229,7 +229,7 @@ def _chain(layer: _Layer, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Tenso
     """The edit that makes the chain, its tensors by their names in the net, and the share of the energy it keeps."""
     from torch import nn
 
-    from kdctl.compress.factorise import balanced, product
+    from kdctl.compress.factors.factorise import balanced, product
 
     factors = balanced(layer.form.factors(ranks))
     missed = product(factors) - layer.form.weight

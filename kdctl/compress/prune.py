@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from kdctl.bench import cost as measured
 from kdctl.compress.base import Floats, Reshape, Reshaped, Workbench
-from kdctl.compress.budget import Costs, Of, OutOfReach, Ranking, Way, cheapest_first, overall, search, uniform
-from kdctl.compress.channel_rules import follow
-from kdctl.compress.channels import NORMS, Channels, Group
-from kdctl.compress.importance import importance
-from kdctl.compress.narrow import differs, masked, narrow, narrowed
+from kdctl.compress.channels.budget import Costs, Of, OutOfReach, Ranking, Way, cheapest_first, overall, search, uniform
+from kdctl.compress.channels.importance import importance
+from kdctl.compress.channels.layout import NORMS, Channels, Group
+from kdctl.compress.channels.narrow import differs, masked, narrow, narrowed
+from kdctl.compress.channels.rules import follow
 from kdctl.config.types import Fraction, Positive, PositiveInt
 from kdctl.errors import ConfigError, KdctlError, Problem
 from kdctl.models import structure
@@ -35,9 +35,9 @@ _SCANNED = 128
 class Prune(Reshape):
     """Removes channels, attention heads and hidden units, the least important first, until a budget holds.
 
-    Which channels can only go together is found by following them through the net (compress/channels.py); the classes,
+    Which channels can only go together is found by following them through the net (compress/channels); the classes,
     the input, and what cannot be followed stay. What comes out equals the net with the removed channels masked.
-    Papers: dependencies and norms over them: Fang et al., DepGraph, CVPR 2023. importance: see compress/importance.py.
+    Papers: dependencies and norms over them: Fang et al., DepGraph, CVPR 2023. importance: see importance.py there.
         scope sensitivity: after Yang et al., NetAdapt, ECCV 2018, with the output's noise in the place of accuracy.
 
     ratio: the share that is removed, of: the multiply-accumulates, the parameters or the channels that may go.
@@ -152,7 +152,7 @@ class Prune(Reshape):
         self, model: Model, channels: Channels, way: Way, ranking: Ranking, say: Callable[[str], None]
     ) -> tuple[set[int], dict[str, Any]]:
         """What is removed so that the measured latency holds; the prediction is corrected by what was measured."""
-        from kdctl.compress.latency import LatencyModel
+        from kdctl.compress.latency.model import LatencyModel
 
         latency, wanted = LatencyModel(), float(self.latency_ms or 0.0)
         shape = _shape(model)

@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from _common import conditions, print_table, say
 
 from kdctl import runs
-from kdctl.compress.latency import LatencyModel, machine
+from kdctl.compress.latency.model import LatencyModel, machine
 from kdctl.models.record import Model, ModelRecord, build_model
 
 SHAPE = (3, 32, 32)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdctl.compress import latency, profile
-from kdctl.compress.latency import LatencyModel
-from kdctl.compress.operators import Operator, conv_layout, operators
+from kdctl.compress.latency import model as latency
+from kdctl.compress.latency import profile
+from kdctl.compress.latency.model import LatencyModel
+from kdctl.compress.latency.operators import Operator, conv_layout, operators
 from kdctl.errors import KdctlError
 from kdctl.models.record import ModelRecord, build_model
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdctl.bench.cost import macs, parameters
 from kdctl.compress.base import Workbench
-from kdctl.compress.factorise import (
+from kdctl.compress.factors.factorise import (
     balanced,
     cp,
     energies,
@@ -24,8 +24,8 @@ from kdctl.compress.factorise import (
     tucker,
     tucker_energies,
 )
+from kdctl.compress.factors.rank_choice import Option, by_energy, within_budget
 from kdctl.compress.low_rank import LowRank
-from kdctl.compress.rank_choice import Option, by_energy, within_budget
 from kdctl.errors import ConfigError, KdctlError
 from kdctl.models.record import Model, ModelRecord, build_model, load_model, save_model
 from kdctl.taps import Taps

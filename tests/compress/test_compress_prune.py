@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdctl.compress import narrow as narrow_module
 from kdctl.compress.base import Workbench
-from kdctl.compress.budget import Costs, Ranking, Way, cheapest_first, search, uniform
-from kdctl.compress.channel_rules import follow
-from kdctl.compress.importance import importance
-from kdctl.compress.narrow import masked, narrow, narrowed
+from kdctl.compress.channels import narrow as narrow_module
+from kdctl.compress.channels.budget import Costs, Ranking, Way, cheapest_first, search, uniform
+from kdctl.compress.channels.importance import importance
+from kdctl.compress.channels.narrow import masked, narrow, narrowed
+from kdctl.compress.channels.rules import follow
 from kdctl.compress.prune import Prune, recalibrate, within
 from kdctl.errors import ConfigError, KdctlError
 from kdctl.models.record import Model, ModelRecord, build_model, load_model, save_model

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from kdctl.compress.channels import NORMS, SLICED, Layer, Numbers
+from kdctl.compress.channels.layout import NORMS, SLICED, Layer, Numbers
 
 Rule = Callable[["Follower", str, tuple[Any, ...], dict[str, Any], Any], None]
 """(the follower, the function's name, its arguments, its result) -> nothing; puts the numbers of the result."""

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdctl.compress.channels import Channels, Group, Numbers
+from kdctl.compress.channels.layout import Channels, Group, Numbers
 from kdctl.errors import ConfigError, KdctlError, Problem
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kdctl.compress.channels import Channels, Group, Layer
-from kdctl.compress.importance import Scores
-from kdctl.compress.narrow import widths_after
+from kdctl.compress.channels.importance import Scores
+from kdctl.compress.channels.layout import Channels, Group, Layer
+from kdctl.compress.channels.narrow import widths_after
 from kdctl.errors import KdctlError
 
 Of = Literal["macs", "parameters", "channels"]

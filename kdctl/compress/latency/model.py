@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from kdctl import runs
 from kdctl.bench.latency import Cell, processor
 from kdctl.bench.latency import measure as measure_cells
-from kdctl.compress import profile
-from kdctl.compress.operators import Operator, conv_layout, operators
+from kdctl.compress.latency import profile
+from kdctl.compress.latency.operators import Operator, conv_layout, operators
 from kdctl.errors import MissingError
 from kdctl.export.onnx import Onnx
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdctl.compress.channels import Channels, Layer, Numbers
+from kdctl.compress.channels.layout import Channels, Layer, Numbers
 from kdctl.errors import KdctlError
 from kdctl.models import structure
 from kdctl.models.record import Model, build_model

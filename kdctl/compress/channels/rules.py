@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdctl.compress.channels import Channels, Numbers
-from kdctl.compress.following import Follower, Rule, tensors, varying
+from kdctl.compress.channels.following import Follower, Rule, tensors, varying
+from kdctl.compress.channels.layout import Channels, Numbers
 from kdctl.models.record import Model
 from kdctl.models.resnet_cifar import PadShortcut
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdctl.compress import factorise
+from kdctl.compress.factors import factorise
 
 Ranks = tuple[int, ...]
 Shape = tuple[int, int, int, int]
