@@ -46,6 +46,14 @@ def _show_one(document: dict[str, Any]) -> None:
     if document["delegated"] is not None:
         facts.append(f"{100 * document['delegated']:.0f} % of operators on the fast path")
     console.out(f"{name}: {', '.join(facts)}; {document['artefact']}")
+    latency = document["details"].get("latency")
+    if latency:
+        last = latency["tried"][-1]
+        told = f"predicted {last['predicted_ms']:.3f} ms, measured {last['measured_ms']:.3f} ms"
+        console.out(f"{name}: in ONNX Runtime, batch 1, one thread: {told}, allowed {latency['wanted_ms']:g} ms")
+    kept = document["details"].get("kept")
+    if kept:
+        console.out(f"{name}: kept in fp32: {', '.join(kept)}")
     for gate in document["gates"]:
         verdict = "passed" if gate["passed"] else "missed"
         console.out(f"{name}: gate {gate['name']}: {gate['value']:.3g}, limit {gate['limit']:g}: {verdict}")

@@ -345,6 +345,8 @@ def variant(stage: OutputStage) -> str:
         where = [str(arguments["target"])] if arguments.get("target", "onnx") != "onnx" else []
         how = [str(arguments["mode"])] if arguments.get("mode", "auto") != "auto" else []
         return "-".join([*where, str(arguments["dtype"]), *how])
+    if arguments.get("latency_ms") is not None:
+        return f"{stage.kind}-{arguments['latency_ms']:g}ms"
     amount = next((value for value in arguments.values() if type(value) is float), None)
     kind = re.sub(r"[^A-Za-z0-9_.-]+", "-", stage.kind.rpartition(":")[2])
     return kind if amount is None else f"{kind}-{amount:g}"

@@ -64,6 +64,13 @@ def test_without_a_teacher_the_model_as_it_was_teaches(write: Write) -> None:
     assert [loss.kind for loss in tuned.losses] == ["supervised", "kd"] and tuned.epochs == 5
 
 
+def test_names_say_what_was_asked_for(write: Write) -> None:
+    stages = "[{kind: prune, latency_ms: 0.4}, "
+    stages += "{kind: quantize, dtype: int4, mode: weight_only}, {kind: quantize, target: pt2}]"
+    experiment = load_experiment(write(TAUGHT + f"compress: {stages}\n")).experiment
+    assert [s.name for s in experiment.products] == ["prune-0.4ms", "int4-weight_only", "pt2-int8"]
+
+
 def test_a_dump_comes_to_the_same(write: Write) -> None:
     experiment = load_experiment(write(TAUGHT + COMPRESS)).experiment
     text = dump_yaml(experiment)
