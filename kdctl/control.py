@@ -83,6 +83,9 @@ def with_shared_teachers(experiment: Experiment, first: Run) -> tuple[Experiment
             teachers = [shared(t) for t in stage.teachers]
             teacher = teachers if isinstance(stage.teacher, list) else (teachers or [None])[0]
             stage = stage.model_copy(update={"teacher": teacher, "student": shared(stage.student)})
-        if stage.name not in made:
+        product = stage in experiment.products
+        if stage.name not in made and not (
+            product and experiment.origin(stage).name in made
+        ):  # the first run has these
             stages.append(stage)
     return experiment.model_copy(update={"stages": stages}), files

@@ -161,7 +161,8 @@ def _run_new(run: Run, experiment: Experiment, reporter: Reporter, data: Data | 
     try:
         return run_stages(run, experiment, reporter, data)
     except (ConfigError, MissingError):
-        if not list(run.path.glob("stages/*/checkpoints/last.pt")):
+        begun = list(run.path.glob("stages/*/checkpoints/last.pt"))
+        if not begun and not (run / "student.safetensors").exists():
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kdctl import build, runs
@@ -28,11 +31,11 @@ def extend(run: Run, more: Extended, reporter: Reporter, measured: Yardstick | N
     measured: shared with other extensions of the run; one of its own when left out.
 
     The run's config.yaml names them from the start, so that `kdctl resume` takes up what a signal stops. Where anything
-    else goes wrong, the run forgets the stages that are not done, with all that they have left.
+    else goes wrong, the run forgets the stages that are not done, with all that they have left; finished ones stay.
     """
-    with run.locked(), StopSignal() as stop:
-        config, info = run.config.read_text(encoding="utf-8"), run.info
-        kept = {name: status for name, status in info["stages"].items() if name in more.known}
+    with run.locked(), StopSignal() as stop, _set_aside(run, more.waiting):
+        before = _Before(run.config.read_text(encoding="utf-8"), run.info, run.metrics_size())
+        kept = {name: status for name, status in before.info["stages"].items() if name in more.known}
         try:
             runs.write_text(run.config, more.config)
             run.update(status="running", stages=kept | dict.fromkeys(more.waiting, "waiting"))
@@ -40,32 +43,71 @@ def extend(run: Run, more: Extended, reporter: Reporter, measured: Yardstick | N
             own = yardstick(run, more.experiment, reporter) if measured is None else contextlib.nullcontext(measured)
             with own as against:
                 against.experiment = more.experiment
-                run_products(against, Logged(run, reporter), stop)
+                documents = run_products(against, more.names, Logged(run, reporter), stop)
         except (Interrupted, KeyboardInterrupt) as stopped:
             run.update(status="interrupted")
             if isinstance(stopped, Interrupted):
                 stopped.run = str(run)
             raise
         except BaseException:
-            _take_back(run, more, config, info)
+            _take_back(run, more, before)
             raise
         if all(run.info["stages"].get(name) == "done" for name in more.waiting):
-            run.update(status=info["status"])
+            run.update(status=before.info["status"])
+            for name in set(before.info["stages"]) - set(run.info["stages"]):
+                _remove(run, name)  # it was made of a model that another has replaced
         else:
-            _take_back(run, more, config, info)  # a gate was missed, and what would come after it is not asked for
-        names = [name for name in more.names if run.info["stages"].get(name) == "done"]
-    return [runs.read_json(run / "artefacts" / name / "result.json") for name in names]
+            _take_back(run, more, before)  # a gate was missed, and what would come after it is not asked for
+    return documents
 
 
-def _take_back(run: Run, more: Extended, config: str, info: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class _Before:
+    """What a run was before its extension."""
+
+    config: str
+    info: dict[str, Any]
+    metrics_bytes: int
+
+
+@contextlib.contextmanager
+def _set_aside(run: Run, names: Sequence[str]) -> Iterator[None]:
+    """Puts what stages of these names have left out of the way; back in its place where the work in between fails."""
+    moved = {}
+    for name in names:
+        if run.stage_dir(name).exists():
+            moved[name] = run.stage_dir(name).with_name(f".old-{name}")
+            shutil.rmtree(moved[name], ignore_errors=True)
+            os.replace(run.stage_dir(name), moved[name])
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except BaseException:
+        for name, place in moved.items():
+            if not run.stage_dir(name).exists():
+                os.replace(place, run.stage_dir(name))
+        raise
+    finally:
+        for place in moved.values():
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _take_back(run: Run, more: Extended, before: _Before) -> None:
     """Forgets the stages of a failed extension that are not done; nothing at all is left where none is."""
     done = [name for name in more.waiting if run.info["stages"].get(name) == "done"]
-    for name in more.waiting:
-        if name not in done and name not in info["stages"]:
-            shutil.rmtree(run.stage_dir(name), ignore_errors=True)
+    for name in set(more.waiting) - set(done):
+        shutil.rmtree(run.stage_dir(name), ignore_errors=True)
     if done:
+        stages = {name: status for name, status in before.info["stages"].items() if name in more.known}
         runs.write_text(run.config, more.config_of(done))
-        run.update(status=info["status"], stages=info["stages"] | dict.fromkeys(done, "done"))
+        run.update(status=before.info["status"], stages=stages | dict.fromkeys(done, "done"))
     else:
-        runs.write_text(run.config, config)
-        runs.write_json(run / "run.json", info)
+        run.cut_metrics(before.metrics_bytes)
+        runs.write_text(run.config, before.config)
+        runs.write_json(run / "run.json", before.info)
+
+
+def _remove(run: Run, name: str) -> None:
+    shutil.rmtree(run.stage_dir(name), ignore_errors=True)
+    shutil.rmtree(run / "artefacts" / name, ignore_errors=True)

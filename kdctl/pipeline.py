@@ -13,7 +13,7 @@ from torch import nn
 
 from kdctl import build, cache, checkpoint, ranks, runs, sharding
 from kdctl.artefacts.make import make
-from kdctl.artefacts.measure import check_gates
+from kdctl.artefacts.measure import check_gates, gated
 from kdctl.artefacts.yardstick import Yardstick
 from kdctl.bench import cost
 from kdctl.build import Built
@@ -86,23 +86,30 @@ def _run_stages(
     if not (run / "summary.json").exists():
         runs.write_json(run / "summary.json", summarize(run, experiment, data))
     with Yardstick(run, experiment, data, reporter.say, timed) as yardstick:
-        run_products(yardstick, reporter, stop)
-    made = [run / "artefacts" / stage.name / "result.json" for stage in experiment.products]
-    return runs.read_json(run / "summary.json") | {"artefacts": [runs.read_json(p) for p in made if p.is_file()]}
+        made = run_products(yardstick, [stage.name for stage in experiment.products], reporter, stop)
+    return runs.read_json(run / "summary.json") | {"artefacts": made}
 
 
-def run_products(yardstick: Yardstick, reporter: Reporter, stop: StopSignal) -> list[dict[str, Any]]:
-    """Runs the stages that leave an artefact and are not done yet, in order, until one misses a gate."""
+def run_products(
+    yardstick: Yardstick, names: Sequence[str], reporter: Reporter, stop: StopSignal
+) -> list[dict[str, Any]]:
+    """Runs the stages of these names that leave an artefact, in order, until one misses a gate; the documents of all.
+
+    One that is done already is not run again, but its gates have to hold.
+    """
     run, experiment, documents = yardstick.run, yardstick.experiment, []
     for stage in experiment.products:
-        if run.info["stages"].get(stage.name) == "done":
+        if stage.name not in names:
             continue
-        if isinstance(stage, TrainStage):
-            _train(run, experiment, stage, yardstick.data, reporter, stop, done=False)
+        if run.info["stages"].get(stage.name) == "done":
+            document = gated(run, stage, yardstick.task.primary)
         else:
-            reporter.say(f"stage {stage.name}")
-        document = make(yardstick, stage)
-        run.set_stage(stage.name, "done")
+            if isinstance(stage, TrainStage):
+                _train(run, experiment, stage, yardstick.data, reporter, stop, done=False)
+            else:
+                reporter.say(f"stage {stage.name}")
+            document = make(yardstick, stage)
+            run.set_stage(stage.name, "done")
         documents.append(document)
         if check_gates(document) is not None:
             reporter.say(f"stage {stage.name} misses a gate: no stage after it runs")

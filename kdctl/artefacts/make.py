@@ -41,8 +41,8 @@ def make(yardstick: Yardstick, stage: OutputStage | TrainStage) -> dict[str, Any
         os.chmod(aside, 0o755)
         source = run.stage_dir(stage.start if isinstance(stage, OutputStage) else stage.name) / MODEL
         target, file, details = _produce(yardstick, stage, load_model(source), aside)
-        document = measure(yardstick, stage, source, target, aside / file)
-        document |= {"artefact": str(Run(home / stage.name)), "variant": stage.name, "details": details}
+        document = measure(yardstick, stage, source, target, aside / file, details)
+        document |= {"artefact": str(Run(home / stage.name)), "variant": stage.name}
         document["gates"] = gates(document, stage, yardstick.task.primary)
         runs.write_json(aside / "result.json", document)
         described = manifest.describe(
@@ -65,10 +65,10 @@ def _produce(
     yardstick: Yardstick, stage: OutputStage | TrainStage, model: Model, folder: Path
 ) -> tuple[str, str, dict[str, Any]]:
     """Writes the stage's product into a folder: its target, the name of its file, and what the stage tells of it."""
-    bench = yardstick.workbench()
+    bench = yardstick.workbench(stage)
     if isinstance(stage, TrainStage):
         save_model(model, folder / MODEL)
-        return TORCH, MODEL, runs.read_json(yardstick.run.stage_dir(stage.name) / "result.json")
+        return TORCH, MODEL, {"training": runs.read_json(yardstick.run.stage_dir(stage.name) / "result.json")}
     metadata, shape = record_metadata(model.record.to_dict()), image_shape(model)
     arguments = stage.arguments
     if stage.kind == "export":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdctl import build, evaluate, registry
+from kdctl import build, evaluate, registry, runs
 from kdctl.artefacts.yardstick import TORCH, Yardstick, image_shape, open_file, opener
 from kdctl.bench import cost, notes
 from kdctl.bench.latency import Cell, Row
@@ -27,7 +28,12 @@ PARITY = 1e-3
 
 
 def measure(
-    yardstick: Yardstick, stage: OutputStage | TrainStage, source: Path, target: str, path: Path
+    yardstick: Yardstick,
+    stage: OutputStage | TrainStage,
+    source: Path,
+    target: str,
+    path: Path,
+    details: dict[str, Any],
 ) -> dict[str, Any]:
     """The artefact on the whole test split, beside fp32 in PyTorch and fp32 in the same runtime, all from disk.
 
@@ -41,7 +47,8 @@ def measure(
     made_of = after if target == TORCH else yardstick.of_model(source)
     paths = {"before": student, "after": path}
     said = {"before": before, "after": after}
-    own = stage.kind == "export" and source == student  # then it is itself what fp32 is in this runtime
+    # The student's own fp32 file is what fp32 is in this runtime.
+    own = details.get("quantization") == "fp32" and source == student
     if own:
         yardstick.keep_plain(target, student, path, after)
     elif target != TORCH:
@@ -75,8 +82,9 @@ def measure(
         **{name: columns[name] for name in ("before", "same_runtime", "after")},
         "agreement": float(yardstick.task.agreement(after.logits, before.logits)),
         "agreement_teacher": None if teacher is None else float(yardstick.task.agreement(after.logits, teacher.logits)),
-        "max_abs_diff": _furthest(after, made_of),
+        "max_abs_diff": None if target == TORCH else _furthest(after, made_of),
         "largest_logit": float(np.abs(made_of.logits).max()),
+        "details": details,
         "delegated": None if contents is None else contents.delegated,
         "notes": notes.explain(columns, contents) if timed else [],
     }
@@ -91,8 +99,9 @@ def _bytes(target: str, path: Path) -> int:
 
 
 def _furthest(a: Predictions, b: Predictions) -> float:
+    """The largest difference of two logits; the largest float where it is not finite, which JSON cannot say."""
     difference = float(np.abs(a.logits - b.logits).max())
-    return difference if np.isfinite(difference) else float("inf")
+    return difference if np.isfinite(difference) else sys.float_info.max
 
 
 def _time(target: str, paths: dict[str, Path]) -> dict[tuple[str, int], Row]:
@@ -119,7 +128,7 @@ def gates(document: dict[str, Any], stage: OutputStage | TrainStage, primary: st
         drop = before["metrics"][primary] - after["metrics"][primary]
         passed = drop <= stage.max_drop + 1e-9
         result.append({"name": "max_drop", "limit": stage.max_drop, "value": drop, "passed": passed})
-    if stage.min_speedup is not None:
+    if stage.min_speedup is not None and after["cpu_ms"]:
         speedup = same["cpu_ms"]["1"] / after["cpu_ms"]["1"]
         passed = speedup >= stage.min_speedup
         result.append({"name": "min_speedup", "limit": stage.min_speedup, "value": speedup, "passed": passed})
@@ -127,6 +136,17 @@ def gates(document: dict[str, Any], stage: OutputStage | TrainStage, primary: st
         share = document["max_abs_diff"] / max(document["largest_logit"], 1e-12)
         result.append({"name": "parity", "limit": PARITY, "value": share, "passed": share <= PARITY})
     return result
+
+
+def gated(run: Run, stage: OutputStage | TrainStage, primary: str) -> dict[str, Any]:
+    """The document of an artefact that is there, held against the gates that its stage sets now."""
+    path = run / "artefacts" / stage.name / "result.json"
+    document = runs.read_json(path)
+    held = gates(document, stage, primary)
+    if held != document["gates"]:
+        document["gates"] = held
+        runs.write_json(path, document)
+    return document
 
 
 def check_gates(document: dict[str, Any]) -> GateError | None:

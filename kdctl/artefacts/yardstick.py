@@ -14,13 +14,14 @@ import torch
 
 from kdctl import build, evaluate, registry
 from kdctl.compress.base import Floats, Workbench
-from kdctl.config.schema import Experiment
+from kdctl.config.schema import Experiment, OutputStage, TrainStage
 from kdctl.data.loader import as_float
 from kdctl.data.prepare import Data, stratified
 from kdctl.evaluate import Predictions, TorchPredictor, batches, metrics, open_torch, predict, quick
 from kdctl.export import files
 from kdctl.export.onnx import record_metadata
-from kdctl.models.record import Model, load_model
+from kdctl.models.record import Model, load_model, released
+from kdctl.quant import fake
 from kdctl.runs import Run
 from kdctl.signals import CLEAN, IGNORE, Batch
 
@@ -70,6 +71,7 @@ class Yardstick:
         """The fp32 file of a saved model for a target's runtime, and what that file says of the split."""
         if (target, stem) not in self._plain:
             folder, model = Path(tempfile.mkdtemp(dir=self._folder.name)), load_model(stem)
+            model = released(model)[0] if fake.is_quantized(model.net) else model
             path = folder / registry.load(registry.find("exporters", target)).file_name  # type: ignore[attr-defined]
             files.write(target, model, path, record_metadata(model.record.to_dict()))
             self._plain[target, stem] = path, self.predictions(open_file(target, path))
@@ -90,8 +92,9 @@ class Yardstick:
 
     # ---------------------------------------------------------------------------------------------------- to work with
 
-    def workbench(self) -> Workbench:
+    def workbench(self, stage: OutputStage | TrainStage) -> Workbench:
         """Training images in a fixed order, and the quality of a predictor on what is no test sample."""
+        student = self.run.stage_dir(self.experiment.origin(stage).name) / "model"
         held_out = self.data.val if self.data.val is not None else self.data.train
         rows = stratified(held_out.targets, 0)
         some = held_out.subset(rows[held_out.targets[rows] != IGNORE][:_QUALITY_SAMPLES])
@@ -102,7 +105,10 @@ class Yardstick:
             logits, targets = (np.concatenate(part) for part in zip(*pairs, strict=True))
             return float(self.task.metrics()[primary](logits, targets))
 
-        return Workbench(self.task, self._images, self._batches, quality, self.say)
+        def of_student() -> float:
+            return quality(TorchPredictor(quick(load_model(student))))
+
+        return Workbench(self.task, self._images, self._batches, quality, of_student, self.say)
 
     def _images(self) -> Iterator[Floats]:
         for batch in self._batches():

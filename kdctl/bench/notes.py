@@ -134,7 +134,7 @@ def _explain_model_size(before: int, after: int, kept: float) -> list[str]:
     if ratio <= 0.9:
         return []
     start = f"{_size_verdict(ratio, '')}: {ratio:.2f}x the bytes ({after:,} for {before:,})"
-    return [f"{start}: {kept:.0%} of the parameters are left, and zeros among them take the space of any number"]
+    return [f"{start}: {kept:.0%} of the parameters are left, of 32 bits each, zero or rounded ones too"]
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
@@ -197,7 +197,7 @@ def explain_model_speed(before_ms: float, after_ms: float, *, macs_before: int, 
     start = f"{'not faster' if speedup < 1 else 'hardly faster'} than before ({speedup:.2f}x)"
     if macs >= 0.95 * macs_before:
         return [
-            f"{start}: it has {macs / macs_before:.0%} of the multiply-accumulates; zeros are multiplied like others"
+            f"{start}: it has {macs / macs_before:.0%} of the MACs; PyTorch computes zero or rounded ones like others"
         ]
     return [
         f"{start}, with {macs / macs_before:.0%} of the multiply-accumulates: in PyTorch the cost of calling "

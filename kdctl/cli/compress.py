@@ -10,8 +10,6 @@ from kdctl.cli import console, products
 from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
 from kdctl.errors import Interrupted, KdctlError, MissingError, UsageError
 
-Share = Annotated[float | None, Option(min=0, max=1)]
-
 
 def compress(
     options: ExperimentOptions,

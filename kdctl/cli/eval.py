@@ -31,7 +31,7 @@ def eval_(
 
         document = evaluate_config(experiment, split, device) | {"run": None, "config": what}
     elif (path / "manifest.json").is_file():
-        run = runs.Run(path.parent.parent)
+        run = runs.Run(path.resolve().parent.parent)
         experiment = load_experiment(run.config, options.overrides, require_files=False).experiment
         from kdctl.artefacts.measure import evaluate_artefact
 

@@ -66,7 +66,7 @@ def _words(text: str, allowed: Any, option: str) -> list[str]:
 
 def _found(what: str) -> tuple[runs.Run, str | None]:
     """The run, and the stage whose model is exported where an artefact is named: its own, or the one it was made of."""
-    path = Path(what)
+    path = Path(what).resolve()
     if not (path / "manifest.json").is_file():
         return finished(what), None
     made = runs.read_json(path / "manifest.json")

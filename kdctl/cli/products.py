@@ -42,7 +42,9 @@ def _row(column: dict[str, Any], metric: str, agreement: float | None) -> list[s
 
 def _show_one(document: dict[str, Any]) -> None:
     name, after, before = document["variant"], document["after"], document["before"]
-    facts = [f"{before['bytes'] / after['bytes']:.2f}x smaller", f"largest difference {document['max_abs_diff']:.3g}"]
+    facts = [f"{before['bytes'] / after['bytes']:.2f}x smaller"]
+    if document["max_abs_diff"] is not None:
+        facts.append(f"largest difference {document['max_abs_diff']:.3g}")
     if document["delegated"] is not None:
         facts.append(f"{100 * document['delegated']:.0f} % of operators on the fast path")
     console.out(f"{name}: {', '.join(facts)}; {document['artefact']}")

@@ -24,13 +24,15 @@ class Workbench:
 
     images: a stream of batches of clean training images (N, C, H, W) in [0, 1], in a random order that is always the
     same. batches: the same images as labelled batches. quality: the task's metric of a predictor (images to logits) on
-    the validation split, or on training images where there is none: never on the test split. say: tells the user.
+    the validation split, or on training images where there is none: never on the test split. of_student: that of the
+    model that compression began with. say: tells the user.
     """
 
     task: Task
     images: Callable[[], Iterator[Floats]]
     batches: Callable[[], Iterator[Batch]]
     quality: Callable[[Callable[[Floats], Floats]], float]
+    of_student: Callable[[], float]
     say: Callable[[str], None] = print
 
 

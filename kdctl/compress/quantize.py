@@ -20,7 +20,6 @@ from kdctl.compress.base import Compressor, Workbench
 from kdctl.compress.sensitivity import Sensitivity, sensitivities
 from kdctl.config.types import PositiveInt
 from kdctl.errors import ConfigError, KdctlError, Problem
-from kdctl.evaluate import TorchPredictor
 from kdctl.export import files
 from kdctl.export.base import Exporter, Mode, Quantization
 from kdctl.models.record import Model, released
@@ -92,7 +91,7 @@ class Quantize(Compressor):
         """
         model, how = self._plan(model, bench, image_shape)
         self.exporter.check(how)
-        before = bench.quality(TorchPredictor(model)) if max_drop is not None else 0.0
+        before = bench.of_student() if max_drop is not None else 0.0
         files.write(self.target, model, out, metadata, how)
         details: dict[str, Any] = {
             "dtype": how.dtype,

@@ -185,22 +185,44 @@ def _check_shorthands(file: ExperimentFile) -> Iterator[Finding]:
             yield ("compress", index, "kind"), message, "{kind: finetune, epochs: 5} trains again, with the teacher"
     places: dict[KeyPath, TrainStage | OutputStage] = {("compress", i): s for i, s in enumerate(file.compress)}
     places |= {("export", i): s for i, s in enumerate(file.export)}
+    names_before = [*made, "student"]
+    for path, stage in places.items():
+        yield from _check_name(path, stage, names_before)
+        names_before = [*names_before, *_own_name(stage)]
     yield from _check_products(file, places, [*made, "student"])
 
 
 def _check_products(
     file: ExperimentFile, places: Mapping[KeyPath, TrainStage | OutputStage], earlier: list[str]
 ) -> Iterator[Finding]:
-    """Stages of compression, in order, after the stages of these names."""
+    """Stages of compression, in order, after stages of these names, which have made models."""
     for path, stage in places.items():
-        name = stage.name if "name" in stage.model_fields_set else ""
-        if name in earlier:
-            yield (*path, "name"), f"two stages are called '{name}'", "each stage has a name of its own"
         if isinstance(stage, TrainStage):
             yield from _check_finetune(file, path, stage, earlier)
         elif stage.start != "previous" and stage.start not in earlier:
             yield _unknown_stage((*path, "from"), stage.start, earlier)
-        earlier = [*earlier, *([name] if name else [])]
+        earlier = [*earlier, *(_own_name(stage) if kind_makes_model(stage.kind) else [])]
+
+
+def kind_makes_model(kind: Any) -> bool:
+    """Whether a stage of compression of this kind makes a model; false where there is no such kind."""
+    if kind == "finetune":
+        return True
+    try:
+        return registry.signature(registry.find("compressors", kind)).attributes.get("makes") == "model"
+    except (KdctlError, TypeError):
+        return False
+
+
+def _own_name(stage: TrainStage | OutputStage) -> list[str]:
+    """The name that a file gives a stage, if any."""
+    return [stage.name] if "name" in stage.model_fields_set and stage.name else []
+
+
+def _check_name(path: KeyPath, stage: TrainStage | OutputStage, earlier: list[str]) -> Iterator[Finding]:
+    for name in _own_name(stage) if stage.kind != "train" else [stage.name]:
+        if name in earlier:
+            yield (*path, "name"), f"two stages are called '{name}'", "each stage has a name of its own"
 
 
 def _check_finetune(file: ExperimentFile, path: KeyPath, stage: TrainStage, earlier: list[str]) -> Iterator[Finding]:
@@ -226,29 +248,34 @@ def _has_weights(student: ModelSpec) -> bool:
 
 def _unknown_stage(path: KeyPath, name: str, earlier: list[str]) -> Finding:
     allowed = ", ".join(earlier) if earlier else "none, this is the first"
-    return path, f"there is no earlier stage '{name}'; earlier stages: {allowed}", did_you_mean(name, earlier)
+    message = f"there is no earlier stage '{name}' with a model to take; there are: {allowed}"
+    return path, message, did_you_mean(name, earlier)
 
 
 def _check_stages(file: ExperimentFile, stages: Sequence[TrainStage | OutputStage]) -> Iterator[Finding]:
     for key in ("compress", "export"):
         if getattr(file, key):
-            yield (key,), f"with `stages:`, `{key}` is a stage", f"move it to the end of stages: {{kind: {key}, ...}}"
+            yield (key,), f"with `stages:`, `{key}` is a stage", "move its stages to the end of `stages`"
     if not any(isinstance(stage, TrainStage) for stage in stages):
         yield ("stages",), "no stage trains", "the first stage is {kind: train, name: student}"
-    earlier: list[str] = []
-    trained = False
+    names: list[str] = []
+    trained: list[str] = []
+    models: list[str] = []
     for index, stage in enumerate(stages):
         path: KeyPath = ("stages", index)
+        yield from _check_name(path, stage, names)
+        names = [*names, *(_own_name(stage) if stage.kind != "train" else [stage.name])]
         if isinstance(stage, TrainStage) and stage.kind == "train":
-            if stage.name in earlier:
-                yield (*path, "name"), f"two stages are called '{stage.name}'", "each stage has a name of its own"
-            yield from _check_train_stage(file, path, stage, earlier)
-            earlier, trained = [*earlier, stage.name], trained or stage.role == "student"
+            compressed = stage.role == "compressed"
+            yield from _check_train_stage(file, path, stage, models if compressed else trained)
+            if compressed and ("start" not in stage.model_fields_set or stage.start == "fresh"):
+                yield (*path, "from"), "what was compressed starts from the model of a stage", "from: its name"
+            models, trained = [*models, stage.name], [*trained, *([] if compressed else [stage.name])]
             continue
-        if not trained:
+        if not any(isinstance(s, TrainStage) and s.kind == "train" and s.role == "student" for s in stages[:index]):
             yield path, "there is no student yet to compress", "a stage {kind: train, name: student} comes first"
-        yield from _check_products(file, {path: stage}, earlier)
-        earlier = [*earlier, *([stage.name] if "name" in stage.model_fields_set and stage.name else [])]
+        yield from _check_products(file, {path: stage}, models)
+        models = [*models, *(_own_name(stage) if kind_makes_model(stage.kind) else [])]
     yield from _check_used(file, [s for s in stages if isinstance(s, TrainStage) and s.kind == "train"])
 
 

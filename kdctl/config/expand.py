@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from kdctl import registry
 from kdctl.config.arguments import defaults
 from kdctl.config.check import check
-from kdctl.config.consistency import teaches
+from kdctl.config.consistency import kind_makes_model, teaches
 from kdctl.config.overrides import load_document
 from kdctl.config.schema import (
     Component,
@@ -33,7 +33,6 @@ from kdctl.config.schema import (
     TrainStage,
 )
 from kdctl.config.yaml_io import Document, KeyPath
-from kdctl.errors import KdctlError
 from kdctl.runs import holds_model
 
 C = TypeVar("C", bound=Component)
@@ -103,6 +102,9 @@ class _Expansion:
         self.file = file
         self.links: dict[KeyPath, KeyPath] = {}
         self.stages: list[TrainStage | OutputStage] = []
+        given = [*(file.stages or []), *file.compress, *file.export]
+        self.given = {s.name for s in given if "name" in s.model_fields_set}
+        """Names that the file gives; a stage without one takes another."""
 
     def experiment(self) -> Experiment:
         file = self.file
@@ -209,7 +211,7 @@ class _Expansion:
         return next(s.name for s in reversed(self.stages) if makes_model(s))
 
     def _free_name(self, name: str) -> str:
-        taken = {s.name for s in self.stages}
+        taken = {s.name for s in self.stages} | self.given
         return next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
 
     def _add_train(self, stage: TrainStage, place: KeyPath | None = None) -> None:
@@ -308,7 +310,7 @@ def _gentle(optimizer: Component, method: Component) -> Component:
     if own:
         return Component.model_validate(own)
     lr = optimizer.arguments.get("lr")
-    return optimizer.model_copy(update={"lr": round(lr * FINETUNE_LR, 12)} if isinstance(lr, float) else {})
+    return optimizer.model_copy(update={"lr": round(lr * FINETUNE_LR, 12)} if isinstance(lr, int | float) else {})
 
 
 def makes_model(stage: TrainStage | OutputStage) -> bool:
@@ -316,16 +318,6 @@ def makes_model(stage: TrainStage | OutputStage) -> bool:
     if isinstance(stage, TrainStage):
         return stage.role in ("student", "compressed")
     return kind_makes_model(stage.kind)
-
-
-def kind_makes_model(kind: Any) -> bool:
-    """Whether a stage of compression of this kind makes a model; false where there is no such kind."""
-    if kind == "finetune":
-        return True
-    try:
-        return registry.signature(registry.find("compressors", kind)).attributes.get("makes") == "model"
-    except (KdctlError, TypeError):
-        return False
 
 
 def distill_losses(distill: Distill) -> list[LossSpec]:

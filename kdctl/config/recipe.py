@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kdctl.config.check import check
+from kdctl.config.consistency import kind_makes_model
 from kdctl.config.dump import dump_plain, plain
-from kdctl.config.expand import expand, kind_makes_model, makes_model
+from kdctl.config.expand import expand, makes_model
 from kdctl.config.overrides import load_document
 from kdctl.config.schema import Experiment, Gates, OutputStage, TrainStage
 from kdctl.config.yaml_io import Document, Origin, read_file
@@ -70,6 +71,7 @@ def with_stages(config: Path, overrides: Sequence[str], recipe: Document) -> Ext
     document = load_document(config, overrides)
     stages = document.data.setdefault("stages", [])
     before = expand(check(copy.deepcopy(document), require_files=False))
+    _refuse_training(recipe)
     named = {s["name"] for s in recipe.data["compress"] if isinstance(s, dict) and isinstance(s.get("name"), str)}
     stages[:] = _without(stages, named)
     first = len(stages)
@@ -80,25 +82,45 @@ def with_stages(config: Path, overrides: Sequence[str], recipe: Document) -> Ext
     whole = expand(check(document, require_files=False))
     old = {stage.name: stage for stage in before.stages}
     kept, same = list(whole.stages[:first]), {s.name: s.name for s in whole.stages[:first]}
-    names, waiting, added = [], [], {}
+    names: list[str] = []
+    waiting: list[str] = []
+    added: dict[str, Any] = {}
     for stage in whole.stages[first:]:
         stage = _renamed(stage, same)
-        twin = next((s for s in old.values() if _content(s) == _content(stage)), None)
-        if twin is not None:
-            same[stage.name] = twin.name
-            stage = stage.model_copy(update={"name": twin.name})
-        else:
-            same[stage.name] = stage.name
+        alike = (s for s in old.values() if _content(s) == _content(stage))
+        twin = None if _sources(stage) & set(waiting) else next(alike, None)
+        same[stage.name] = stage.name if twin is None else twin.name
+        stage = stage.model_copy(update={"name": same[stage.name]})
         there = any(s.name == stage.name for s in kept)
         kept = [stage if s.name == stage.name else s for s in kept] + ([] if there else [stage])
         names.append(stage.name)
         if twin is None or not makes_model(stage):
             waiting.append(stage.name)
         added[stage.name] = _relative(plain(stage), config.absolute().parent)
-    known = [name for name in old if any(s.name == name for s in kept)]
+    for stage in before.stages:  # what goes back to a stage of the recipe that turned out to be there already
+        known = {s.name for s in kept}
+        if stage.name not in known and _sources(stage) <= known - set(waiting):
+            kept.append(stage)
+    known_names = [name for name in old if any(s.name == name for s in kept)]
     experiment = whole.model_copy(update={"stages": kept})
-    stored = {**stored, "stages": [s for s in stored["stages"] if s.get("name", "student") in known]}
-    return Extended(experiment, names, known, waiting, stored, added)
+    stored = {**stored, "stages": [s for s in stored["stages"] if s.get("name", "student") in known_names]}
+    return Extended(experiment, names, known_names, waiting, stored, added)
+
+
+def _refuse_training(recipe: Document) -> None:
+    for index, stage in enumerate(recipe.data["compress"]):
+        if not isinstance(stage, dict) or stage.get("kind", "train") == "train":
+            origin = recipe.origin(("compress", index))
+            hint = "{kind: finetune, epochs: 5} trains again, with the teacher"
+            message = "a stage of a recipe has a kind: prune, low_rank, finetune, quantize or export"
+            file, line = (origin.file, origin.line) if origin else (recipe.main or None, None)
+            raise ConfigError(Problem(message, file, line, f"compress.{index}", hint))
+
+
+def _sources(stage: Stage) -> set[str]:
+    """The stages whose models a stage takes."""
+    teachers = stage.teachers if isinstance(stage, TrainStage) else []
+    return {stage.start, *(t.stage for t in teachers if t.stage)} - {"fresh"}
 
 
 def _without(stages: Sequence[Any], named: set[str]) -> list[Any]:

@@ -20,7 +20,7 @@ def describe(
 
     predictor: opens `model`, which is one of them (or the stem of two). source: the stage whose model it was made of.
     """
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (NAME, "result.json"))
     shape = list(predictor.image_shape)
     return {
         "format": 1,

@@ -176,7 +176,11 @@ CONSISTENCY = [
     ("student: {kind: digits_cnn, from: x}", "student.from", "no earlier stage"),
     ("stages: []", "stages", "no stage trains"),
     ("stages: [{name: a}, {name: a}]", "stages.1.name", "two stages are called 'a'"),
-    ("stages: [{name: aa}, {name: b, from: ab}]", "stages.1.from", "no earlier stage 'ab'; earlier stages: aa"),
+    (
+        "stages: [{name: aa}, {name: b, from: ab}]",
+        "stages.1.from",
+        "no earlier stage 'ab' with a model to take; there are: aa",
+    ),
     ("stages: [{name: a, from: b}, {name: b}]", "stages.0.from", "no earlier stage 'b'"),
     ("stages: [{name: a, teacher: {from: b}}]", "stages.0.teacher.kind", "'kind' is missing"),
     ("stages: [{name: a, teacher: {kind: mlp, hidden: [], from: b}}]", "stages.0.teacher.from", "no earlier stage 'b'"),

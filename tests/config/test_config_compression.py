@@ -88,6 +88,7 @@ def test_a_dump_comes_to_the_same(write: Write) -> None:
         ("compress: [{kind: finetune, teacher: null, losses: [{kind: kd}]}]", "compress.0.losses.0", "needs a teacher"),
         ("compress: [{kind: quantize, from: nowhere}]", "compress.0.from", "no earlier stage 'nowhere'"),
         ("compress: [{kind: prune, name: a}, {kind: quantize, name: a}]", "compress.1.name", "two stages are called"),
+        ("compress: [{kind: quantize, name: q}, {kind: prune, from: q}]", "compress.1.from", "with a model to take"),
         ("compress: [{kind: prun}]", "compress.0.kind", "no compressor 'prun'"),
         ("compress: [{kind: quantize, max_drop: -1}]", "compress.0.max_drop", "a number >= 0"),
     ],
@@ -149,6 +150,30 @@ def test_a_stage_of_the_same_name_is_replaced(run_config: Path) -> None:
     stages = yaml.safe_load(second.config)["stages"]
     assert [s["calibration"] for s in stages if s["name"] == "small"] == ["entropy"]
     assert len(stages) == 3
+
+
+def test_what_stands_on_a_replaced_model_is_made_again(run_config: Path) -> None:
+    def recipe(ratio: float) -> Extended:
+        pruned = {"kind": "prune", "name": "p", "ratio": ratio}
+        return more(run_config, pruned, {"kind": "finetune", "epochs": 2}, {"kind": "quantize"})
+
+    run_config.write_text(recipe(0.3).config)
+    assert recipe(0.3).waiting == ["int8"], "all is there"
+    second = recipe(0.5)
+    assert second.waiting == ["p", "finetune", "int8"]
+    assert [s["name"] for s in yaml.safe_load(second.config)["stages"]] == [
+        "teacher", "student", "p", "finetune", "int8",
+    ]  # fmt: skip
+
+
+def test_a_name_that_is_given_is_not_taken_by_another(run_config: Path) -> None:
+    named = more(run_config, {"kind": "quantize"}, {"kind": "quantize", "name": "int8", "calibration": "mse"})
+    assert named.names == ["int8-2", "int8"]
+
+
+def test_a_recipe_does_not_train_the_student(run_config: Path) -> None:
+    with pytest.raises(ConfigError, match="a stage of a recipe has a kind"):
+        more(run_config, {"kind": "train", "name": "more"})
 
 
 def test_only_what_was_done_is_kept(run_config: Path) -> None:

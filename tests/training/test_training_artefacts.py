@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kdctl import build, extension, runs
-from kdctl.artefacts import measure
+from kdctl.artefacts import make, measure
 from kdctl.artefacts.measure import check_gates, evaluate_artefact, gates
 from kdctl.artefacts.yardstick import Yardstick
 from kdctl.bench.latency import Row
@@ -93,8 +93,8 @@ def _damage_is_named(run: runs.Run, folder: Path) -> None:
 def test_calibration_images_are_training_images(run: runs.Run) -> None:
     data = build.build_data(load_run(run))
     with Yardstick(run, load_run(run), data) as yardstick:
-        images = np.concatenate(list(yardstick.workbench().images()))
-        labels = np.concatenate([batch.targets.numpy() for batch in yardstick.workbench().batches()])
+        images = np.concatenate(list(yardstick.workbench(load_run(run).student_stage).images()))
+        labels = np.concatenate([batch.targets.numpy() for batch in yardstick.workbench(load_run(run).student_stage).batches()])
     train = {row.tobytes() for row in (data.train.images.numpy() / np.float32(255)).astype(np.float32)}  # type: ignore[union-attr]
     assert len(images) == len(data.train) and all(image.tobytes() in train for image in images)
     assert (labels >= 0).sum() == (data.train.targets >= 0).sum() > 0
@@ -109,7 +109,7 @@ def test_quality_is_of_the_validation_split(run: runs.Run) -> None:
         return np.eye(10, dtype=np.float32)[np.full(len(images), 3)]
 
     with Yardstick(run, experiment, data) as yardstick:
-        quality = yardstick.workbench().quality(always_three)
+        quality = yardstick.workbench(load_run(run).student_stage).quality(always_three)
     assert data.val is not None
     assert quality == pytest.approx(100 * float((data.val.targets == 3).float().mean()))
     assert sum(map(len, seen)) == len(data.val)
@@ -179,6 +179,47 @@ def test_a_missed_gate_stops_the_stages_after_it(run: runs.Run) -> None:
     assert [d["variant"] for d in documents] == ["low_rank-0.5"] and check_gates(documents[0]) is not None
     assert [p.name for p in run.artefacts] == ["low_rank-0.5"]
     assert [s.name for s in load_run(run).products] == ["low_rank-0.5"] and run.info["status"] == "done"
+
+
+@pytest.mark.usefixtures("quick")
+def test_gates_hold_for_what_is_there_already(run: runs.Run) -> None:
+    (first,) = extend(run, {"kind": "low_rank"})
+    assert first["gates"] == []
+    (again,) = extend(run, {"kind": "low_rank", "min_speedup": 1000.0})
+    assert check_gates(again) is not None and first["after"] == again["after"], "not made again, and held against it"
+    assert [d["variant"] for d in extend(run, {"kind": "low_rank", "min_speedup": 0.1}, {"kind": "quantize"})] == [
+        "low_rank-0.5", "int8",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("quick")
+def test_resume_does_not_pass_a_missed_gate(run_it: Callable[..., Any]) -> None:
+    stages = "compress=[{kind: low_rank, min_speedup: 1000.0}, {kind: quantize}]"
+    gated, document = run_it(stages)
+    assert [d["variant"] for d in document["artefacts"]] == ["low_rank-0.5"] and gated.info["status"] == "failed"
+    assert [d["variant"] for d in resume(gated, Reporter())["artefacts"]] == ["low_rank-0.5"]
+    assert [p.name for p in gated.artefacts] == ["low_rank-0.5"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_finetune_that_replaces_one_of_its_name_trains_anew(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (first,) = extend(run, {"kind": "finetune", "name": "tuned", "epochs": 1})
+    kept = everything(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(make, "gates", fails := _Failing())
+        with pytest.raises(KdctlError, match="broken"):
+            extend(run, {"kind": "finetune", "name": "tuned", "epochs": 2})
+    assert fails.called and everything(run) == kept, "what was replaced is back where the new one fails"
+    (second,) = extend(run, {"kind": "finetune", "name": "tuned", "epochs": 2})
+    assert (first["details"]["training"]["epochs"], second["details"]["training"]["epochs"]) == (1, 2)
+
+
+class _Failing:
+    called = False
+
+    def __call__(self, *_: Any) -> None:
+        self.called = True
+        raise KdctlError("broken")
 
 
 class _Stop(Reporter):
