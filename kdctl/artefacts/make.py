@@ -17,7 +17,7 @@ from kdctl.config.schema import OutputStage, TrainStage
 from kdctl.errors import KdctlError
 from kdctl.export import files, manifest
 from kdctl.export.onnx import record_metadata
-from kdctl.models.record import Model, load_model, save_model
+from kdctl.models.record import Model, load_model, released, save_model
 from kdctl.quant import fake
 from kdctl.runs import Run
 
@@ -72,12 +72,10 @@ def _produce(
     metadata, shape = record_metadata(model.record.to_dict()), image_shape(model)
     arguments = stage.arguments
     if stage.kind == "export":
-        target = arguments.pop("target")
-        if not fake.is_quantized(model.net):
-            name = registry.load(registry.find("exporters", target)).file_name  # type: ignore[attr-defined]
-            files.write(target, model, folder / name, metadata, arguments=arguments)
-            return target, name, {"quantization": "fp32"}
-        tool: Any = Quantize(target=target)  # what learnt to be quantised is shipped so
+        exporter = registry.load(registry.find("exporters", arguments["target"]))
+        if not fake.is_quantized(model.net) or not exporter.quantizations:  # type: ignore[attr-defined]
+            return _write_fp32(model, arguments, folder)
+        tool: Any = Quantize(target=arguments["target"])  # what learnt to be quantised is shipped so
     else:
         tool = registry.create("compressors", stage.kind, arguments)
     if isinstance(tool, Reshape):
@@ -88,6 +86,16 @@ def _produce(
     assert isinstance(tool, Compressor)
     details = tool.convert(model, bench, shape, folder / tool.file_name, metadata, stage.max_drop)
     return tool.target, tool.file_name, details
+
+
+def _write_fp32(model: Model, arguments: dict[str, Any], folder: Path) -> tuple[str, str, dict[str, Any]]:
+    own = {name: value for name, value in arguments.items() if name != "target"}
+    target, how = arguments["target"], "fp32"
+    if fake.is_quantized(model.net):
+        model, how = released(model)[0], "fp32 of learnt weights"
+    name = registry.load(registry.find("exporters", target)).file_name  # type: ignore[attr-defined]
+    files.write(target, model, folder / name, record_metadata(model.record.to_dict()), arguments=own)
+    return target, name, {"quantization": how}
 
 
 def _refuse_fake_quant(model: Model, stage: OutputStage) -> None:
