@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,9 @@ from kdctl.quant.learned import Learned
 Floats = NDArray[np.float32]
 
 SENSITIVITY_SAMPLES = 128
+LAYERS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+)  # fmt: skip
 
 
 class Quantize(Compressor):
@@ -36,14 +39,15 @@ class Quantize(Compressor):
 
     Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, 2018;
     int8: Krishnamoorthi, Quantizing deep convolutional networks for efficient inference, 2018.
-    dtype: of the weights. mode: static, activations are int8 in ranges fixed ahead; dynamic, linears find them at each
-    call; weight_only, all is computed in float; auto is static where convolutions hold most of the multiplications and
-    dynamic elsewhere, weight_only for int4, fp16 and bf16. calibration: of static ranges; minmax takes the extremes,
-    percentile leaves out 0.01 % of the values, entropy takes the range that changes the distribution least, mse the one
-    with the least squared error. samples: calibration images. per_channel: one scale an output channel of a weight (or
-    one a tensor). group_size: how many weights share a scale in weight_only, a channel's without it. target: the
-    exporter. keep: globs over paths of layers that stay in fp32. With `max_drop` of the stage, the most sensitive
-    layers stay in fp32 too, as many as it takes.
+    dtype: of the weights; int8 takes learnt weights of any bits as they are, int4 those of up to 4. mode: static,
+    activations are int8 in ranges fixed ahead; dynamic, linears find them at each call; weight_only, all is computed in
+    float; auto is static where convolutions hold most of the multiplications and dynamic elsewhere, weight_only for
+    int4, fp16 and bf16, and with int8 what training learnt: static with ranges of inputs, weight_only without.
+    calibration: of static ranges; minmax takes the extremes, percentile leaves out 0.01 % of the values, entropy takes
+    the range that changes the distribution least, mse the one with the least squared error. samples: calibration
+    images. per_channel: one scale an output channel of a weight (or one a tensor). group_size: how many weights share a
+    scale in weight_only, a channel's without it. target: the exporter. keep: globs over paths of layers that stay in
+    fp32. With `max_drop` of the stage, the most sensitive layers stay in fp32 too, as many as it takes.
     """
 
     smoke = {"samples": 8}
@@ -65,9 +69,7 @@ class Quantize(Compressor):
         self.target, self.keep = target, list(keep or [])
         if dtype in ("fp16", "bf16") and mode not in ("auto", "weight_only"):
             raise ConfigError(Problem(f"{dtype} has no mode {mode}: it keeps weights in 16 bits", key="mode"))
-        if group_size is not None and (dtype in ("fp16", "bf16") or mode in ("static", "dynamic")):
-            hint = "group_size is for mode: weight_only with int8 or int4"
-            raise ConfigError(Problem(f"weights of {dtype} {mode} have no groups", key="group_size", hint=hint))
+        self._check_groups(mode)
         self.exporter: Exporter = registry.create("exporters", target, {})
         self.file_name = self.exporter.file_name
         if mode != "auto" or dtype != "int8":
@@ -87,7 +89,7 @@ class Quantize(Compressor):
         Calibration takes the first `samples` of bench.images. A model that learnt its quantisation goes as it learnt
         it. max_drop: where the file loses more points of bench.quality, layers are ranked by `sensitivities` and the
         worst stay in fp32, 1, 2, 4, ... of them until it holds, then as few as still hold. Raises KdctlError where the
-        images do not fit or a glob of `keep` matches nothing.
+        images do not fit or a glob of `keep` matches nothing, ConfigError where the mode that auto found has no groups.
         """
         model, how = self._plan(model, bench, image_shape)
         self.exporter.check(how)
@@ -116,24 +118,37 @@ class Quantize(Compressor):
         learned: dict[str, Learned] = {}
         if fake.is_quantized(model.net):
             model, learned = released(model)
-            if not self.exporter.takes_learned:
-                learned = {}
-        mode = self._mode(model, image_shape, any(layer.input_range is not None for layer in learned.values()))
+        mode = self._mode(model, image_shape, learned)
+        self._check_groups(mode)
         images = None if mode == "weight_only" else take(bench.images(), self.samples, image_shape)
         keep = matching(model.net, self.keep)
         how = Quantization(
-            dtype="int8" if learned and mode == "static" else self.dtype, mode=mode, images=images,
+            dtype=self.dtype, mode=mode, images=images,
             calibration=self.calibration, per_channel=self.per_channel, group_size=self.group_size, keep=keep,
-            learned={path: layer for path, layer in learned.items() if path not in keep},
+            learned={path: layer for path, layer in learned.items() if path not in keep and self._takes(layer)},
         )  # fmt: skip
         return model, how
 
-    def _mode(self, model: Model, image_shape: tuple[int, int, int], learned_inputs: bool) -> Mode:
+    def _takes(self, layer: Learned) -> bool:
+        """Whether the file can hold the layer's weights as whole multiples of the step that was learnt."""
+        most = {"int8": 8, "int4": 4}.get(self.dtype, 0)
+        return self.exporter.takes_learned and layer.weight_bits <= most
+
+    def _check_groups(self, mode: str) -> None:
+        if self.group_size is not None and (self.dtype in ("fp16", "bf16") or mode in ("static", "dynamic")):
+            hint = "group_size is for mode: weight_only with int8 or int4"
+            message = f"weights of {self.dtype} {mode} have no groups"
+            raise ConfigError(Problem(message, key="group_size", hint=hint))
+
+    def _mode(self, model: Model, image_shape: tuple[int, int, int], learned: Mapping[str, Learned]) -> Mode:
         if self.mode != "auto":
             return self.mode
-        if learned_inputs:
-            return "static"
         if self.dtype != "int8":
+            return "weight_only"
+        if any(layer.input_range is not None for layer in learned.values()):
+            if self.exporter.takes_learned:
+                return "static"
+        elif learned and "int8-weight_only" in self.exporter.quantizations:
             return "weight_only"
         dynamic = f"{self.dtype}-dynamic" in self.exporter.quantizations
         return "static" if convolution_share(model, image_shape) >= 0.5 or not dynamic else "dynamic"
@@ -151,6 +166,8 @@ class Quantize(Compressor):
     ) -> dict[str, Any]:
         """Writes the file with as few layers in fp32 as hold the quality. limit: (quality before, points to lose)."""
         ranked = self._ranked(model, bench, how)
+        if not ranked:
+            return {"layers": 0, "sensitivity": []}
         before, max_drop = limit
         qualities: dict[int, float] = {}
 
@@ -206,7 +223,7 @@ def matching(net: nn.Module, globs: Iterable[str]) -> frozenset[str]:
 
     Raises KdctlError for a glob without any.
     """
-    layers = [path for path, module in net.named_modules() if isinstance(getattr(module, "weight", None), torch.Tensor)]
+    layers = [path for path, module in net.named_modules() if isinstance(module, LAYERS)]
     found: set[str] = set()
     for glob in globs:
         hits = [path for path in layers if fnmatch.fnmatch(path, glob) or fnmatch.fnmatch(path, f"{glob}.*")]

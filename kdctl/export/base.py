@@ -6,6 +6,7 @@ threads)` and `inspect(path)`. Importing it imports neither torch nor the runtim
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from kdctl.errors import ConfigError, Problem
 from kdctl.quant.learned import Learned
+from kdctl.quant.ranges import Calibration
 
 if TYPE_CHECKING:
     from kdctl.models.record import Model
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 Dtype = Literal["int8", "int4", "fp16", "bf16"]
 Mode = Literal["static", "dynamic", "weight_only"]
-Calibration = Literal["minmax", "percentile", "entropy", "mse"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Quantization:
     dtype: of the weights. mode: static (activations are int8 too, their ranges fixed ahead), dynamic (int8, ranges
     found at each call) or weight_only; fp16 and bf16 are weight_only. images: (N, C, H, W) in [0, 1], from which static
     takes ranges by `calibration`. per_channel: a scale an output channel of a weight, or one a tensor. group_size: of
-    weight_only, how many weights along the input share a scale, None for all of a channel. keep: paths of layers
-    (modules of the net) that stay in fp32. learned: by path, what training found; it is taken as it is.
+    weight_only, how many weights along the input share a scale (`group_length`), None for all of a channel. keep: paths
+    of layers (modules of the net) that stay in fp32. learned: by path, what training found; it is taken as it is.
     """
 
     dtype: Dtype = "int8"
@@ -50,6 +51,23 @@ class Quantization:
     def name(self) -> str:
         """`int8-static`, `int4-weight_only`, `fp16`."""
         return self.dtype if self.dtype in ("fp16", "bf16") else f"{self.dtype}-{self.mode}"
+
+
+def group_length(inputs: int, wanted: int | None) -> int:
+    """How many of a channel's weights share a scale: the largest divisor of their number up to what is wanted.
+
+    Where that is less than half of it (a prime number of weights has but 1), scales would outweigh the weights: then
+    all of the channel shares one.
+    """
+    if wanted is None or wanted >= inputs:
+        return inputs
+    divisor = max(size for size in range(1, wanted + 1) if inputs % size == 0)
+    return divisor if 2 * divisor >= wanted else inputs
+
+
+def available_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Exporter:

@@ -25,7 +25,8 @@ from kdctl import runs
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
 from kdctl.export import elsewhere
 from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization
-from kdctl.export.onnx import preprocessing, quiet
+from kdctl.export.manifest import preprocessing
+from kdctl.export.onnx import quiet
 
 if TYPE_CHECKING:
     from kdctl.models.record import Model

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 import zipfile
 from collections import Counter
@@ -24,9 +23,10 @@ import numpy as np
 from kdctl import runs
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
 from kdctl.export import elsewhere
-from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization
+from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization, available_cores
 from kdctl.export.executorch import check_choices, check_images, silent
-from kdctl.export.onnx import preprocessing, quiet
+from kdctl.export.manifest import preprocessing
+from kdctl.export.onnx import quiet
 
 if TYPE_CHECKING:
     from kdctl.models.record import Model
@@ -236,7 +236,7 @@ class LiteRtPredictor(FilePredictor):
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         self.path = path
-        self._interpreter = _load(path, threads or os.cpu_count() or 1)
+        self._interpreter = _load(path, threads or available_cores())
         shape, given = self._interpreter.input_shape, self._interpreter.output_shape
         if len(shape) != 4 or len(given) != 2 or not self._interpreter.floats:
             raise KdctlError(f"{path} does not take float images (N, C, H, W) and give float logits (N, classes)")

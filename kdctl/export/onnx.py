@@ -11,7 +11,6 @@ import copy
 import io
 import json
 import logging
-import os
 import tempfile
 import warnings
 from collections import Counter
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from kdctl.config.types import PositiveInt
 from kdctl.errors import ConfigError, KdctlError, Problem
-from kdctl.export.base import Contents, Exporter, FilePredictor, Quantization
+from kdctl.export.base import Contents, Exporter, FilePredictor, Quantization, available_cores
 from kdctl.export.manifest import preprocessing
 from kdctl.export.onnx_session import open_session
 
@@ -151,10 +150,6 @@ def quiet() -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------- predictor
 
 
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class OnnxPredictor(FilePredictor):
     """An ONNX file in ONNX Runtime on the CPU. threads: how many it computes with, all cores without."""
 
@@ -162,7 +157,7 @@ class OnnxPredictor(FilePredictor):
         import onnxruntime
 
         self.path = Path(path)
-        self.threads = threads or _available_cores()
+        self.threads = threads or available_cores()
         self.session = open_session(self.path, self.threads)
         self.runtime = f"onnxruntime {onnxruntime.__version__}"
         self.metadata = {k: _value(v) for k, v in self.session.get_modelmeta().custom_metadata_map.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,8 +64,9 @@ def static(proto: onnx.ModelProto, image_shape: tuple[int, int, int], how: Quant
     plan.settle()
     for node in plan.nodes:
         plan.weights_of(node)
+    widened = replace(how, dtype="int8", mode="weight_only", group_size=None)
     for name, node in plan.widened.items():
-        store_integers(plan.view, name, node, Quantization(mode="weight_only", per_channel=how.per_channel))
+        store_integers(plan.view, name, node, widened)
     plan.pairs()
     graph.sort(proto)
     graph.prune(proto)
@@ -274,22 +276,25 @@ class _Plan:
     def _store(self, node: onnx.NodeProto, step: np.float32, bias: Floats | None) -> tuple[str, Floats]:
         """Writes a weight: the name of it dequantised, and its scales, () or (C,).
 
-        Where it has 4 bits the file holds 4-bit integers, which a runtime widens to int8 as it loads them.
+        Where it has 4 bits the file holds 4-bit integers, which a runtime widens to int8 as it loads them. A transposed
+        convolution in groups has no axis of its output channels in the weight: one scale holds for all.
         """
         name, weight = node.input[1], self.view.constant(node.input[1])
         assert weight is not None
         axis, found = graph.channel_axis(node, weight.ndim), self.learned(node)
+        in_groups = node.op_type == "ConvTranspose" and graph.attributes(node).get("group", 1) > 1
+        per_channel = self.how.per_channel and not in_groups
         front = np.moveaxis(weight, axis, 0)
         rows = np.ascontiguousarray(front).reshape(len(front), -1)
         if found is not None:
             scales, bits = np.asarray(found.weight_scale, np.float32), found.weight_bits
             scales = scales.reshape(-1) if scales.size > 1 else scales.reshape(())
         else:
-            scales, bits = weight_scales(rows if self.how.per_channel else rows.reshape(1, -1), 8), 8
+            scales, bits = weight_scales(rows if per_channel else rows.reshape(1, -1), 8), 8
             if bias is not None:  # it must fit 32 bits in steps of both scales
                 least = np.abs(bias) / (float(step) * 2**30)
-                scales = np.maximum(scales, least if self.how.per_channel else least.max()).astype(np.float32)
-            scales = scales if self.how.per_channel else scales.reshape(())
+                scales = np.maximum(scales, least if per_channel else least.max()).astype(np.float32)
+            scales = scales if per_channel else scales.reshape(())
         levels = to_grid(rows, np.broadcast_to(scales, len(rows)), bits).reshape(front.shape)
         levels = np.ascontiguousarray(np.moveaxis(levels, 0, axis))
         if bits <= INT4:

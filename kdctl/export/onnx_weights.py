@@ -7,6 +7,7 @@ that once, as they load the file: the file is small, speed and memory are those 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from kdctl.export import graph
-from kdctl.export.base import Quantization
+from kdctl.export.base import Quantization, group_length
 from kdctl.export.graph import LINEAR, Graph
 from kdctl.quant.ranges import to_grid, weight_scales
 
@@ -28,20 +29,24 @@ def weight_only(proto: onnx.ModelProto, how: Quantization) -> dict[str, Any]:
 
     int8 and int4 are symmetric with a scale an output channel (or a tensor; int4 scales are searched for the least
     squared error), or one for each `group_size` weights of a channel. Where a channel cannot be cut into such groups
-    they are the largest size below that fits. fp16 and bf16 round to nearest; their exponents decide what they hold:
+    they are the largest size below that fits, or the channel (`group_length`); `groups` of the answer holds the sizes
+    that are not what was wanted, by layer. fp16 and bf16 round to nearest; their exponents decide what they hold:
     fp16 has 11 bits of precision from 6e-5 to 65504, bf16 8 bits over the range of fp32.
     """
     view = Graph(proto)
+    sizes: dict[str, int] = {}
     for name, nodes in _weights(view, how):
         if how.dtype in _HALF:
             _store_half(view, name, _HALF[how.dtype])
         else:
-            store_integers(view, name, nodes[0], how)
+            sizes[graph.layer_path(nodes[0])] = store_integers(view, name, nodes[0], how)
     graph.sort(proto)
     graph.prune(proto)
     about: dict[str, Any] = {"dtype": how.dtype, "mode": "weight_only", "kept": sorted(how.keep)}
     if how.dtype not in _HALF:
         about |= {"per_channel": how.per_channel, "group_size": how.group_size}
+    if how.group_size is not None and sizes:
+        about["groups"] = {path: size for path, size in sizes.items() if size != how.group_size}
     return about
 
 
@@ -64,8 +69,11 @@ def _store_half(view: Graph, name: str, kind: int) -> None:
     view.add_nodes(helper.make_node("Cast", [name + "_half"], [wide], to=TensorProto.FLOAT))
 
 
-def store_integers(view: Graph, name: str, node: onnx.NodeProto, how: Quantization) -> None:
-    """The weight as (channels, groups, size) integers times (channels, groups, 1) scales, brought to its own shape."""
+def store_integers(view: Graph, name: str, node: onnx.NodeProto, how: Quantization) -> int:
+    """The weight as (channels, groups, size) integers times (channels, groups, 1) scales, brought to its own shape.
+
+    Returns how many weights share a scale.
+    """
     value = view.constant(name)
     assert value is not None
     bits = 4 if how.dtype == "int4" else 8
@@ -84,13 +92,7 @@ def store_integers(view: Graph, name: str, node: onnx.NodeProto, how: Quantizati
     levels = to_grid(grouped, np.broadcast_to(scales, len(grouped)), bits).reshape(len(front), -1, size)
     shaped = scales.reshape((len(front), -1, 1) if scales.size > 1 else ())
     _expand(view, name, levels, shaped, bits, front.shape, axis)
-
-
-def group_length(inputs: int, wanted: int | None) -> int:
-    """How many of a channel's weights share a scale: the largest divisor of their number up to what is wanted."""
-    if wanted is None or wanted >= inputs:
-        return inputs
-    return max(size for size in range(1, wanted + 1) if inputs % size == 0)
+    return int(rows.size // scales.size)
 
 
 def _expand(
@@ -129,7 +131,7 @@ def dynamic(proto: onnx.ModelProto, how: Quantization) -> dict[str, Any]:
         value = view.constant(name)
         linear = all(node.op_type in ("Gemm", "MatMul") and graph.plain(node) for node in nodes)
         if value is None or value.ndim != 2 or not linear:
-            store_integers(view, name, nodes[0], Quantization(mode="weight_only", per_channel=how.per_channel))
+            store_integers(view, name, nodes[0], replace(how, dtype="int8", mode="weight_only", group_size=None))
             continue
         weight, scale = _integer_weight(view, name, nodes[0], how)
         for node in nodes:

@@ -10,17 +10,15 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kdctl.errors import KdctlError, MissingError
-from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization
+from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization, available_cores
 from kdctl.export.manifest import preprocessing
-from kdctl.quant import ranges
+from kdctl.export.openvino_weights import compress_weights, weights
 
 if TYPE_CHECKING:
     from kdctl.models.record import Model
@@ -61,13 +59,13 @@ class OpenVino(Exporter):
                 graph = openvino.convert_model(source)
             except Exception as error:
                 raise KdctlError(f"OpenVINO cannot read the model: {_reason(error)}") from error
-        if quantization is not None and quantization.mode != "static" and quantization.dtype != "fp16":
-            _compress_weights(graph, names, quantization)
+        if quantization is not None and quantization.mode != "static":
+            compress_weights(graph, names, quantization)
         _tidy(graph)
         name = "fp32" if quantization is None else quantization.name
         about = {"preprocessing": preprocessing(image_shape), "quantization": name, **metadata}
         graph.set_rt_info(json.dumps(about, ensure_ascii=False), ["kdctl"])
-        _save(graph, out, fp16=name == "fp16")
+        _save(graph, out)
 
     def files(self, out: Path) -> list[Path]:
         """The graph and its constants."""
@@ -112,110 +110,6 @@ def _write_source(
     return plain | {array.T.tobytes(): paths[name] for name, array in weights.items() if array.ndim == 2}
 
 
-# -------------------------------------------------------------------------------------------------------------- weights
-
-
-def _weights(graph: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """(layer, its weights' constant, what reads that constant) of convolutions and products with a constant."""
-    for layer in graph.get_ordered_ops():
-        if layer.get_type_name() not in _LAYERS:
-            continue
-        reader = layer.input(1)
-        node = reader.get_source_output().get_node()
-        while node.get_type_name() in ("Convert", "Multiply", "Subtract", "Reshape", "FakeQuantize", "Transpose"):
-            reader = node.input(0)
-            node = reader.get_source_output().get_node()
-        if node.get_type_name() == "Constant":
-            yield layer, node, reader
-
-
-_LAYERS = {"Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul"}
-
-
-def _compress_weights(graph: Any, names: dict[bytes, str], quantization: Quantization) -> None:
-    """Keeps weights in few bits, as the graph's constants that it converts back: OpenVINO fuses that into the layer.
-
-    In convolutions, and where the group size does not divide a layer's inputs, all weights of a channel share a scale.
-    """
-    kept = set()
-    for layer, constant, reader in list(_weights(graph)):
-        weight = np.array(constant.data, np.float32)
-        path = names.get(weight.tobytes(), "")
-        if path in quantization.keep:
-            kept.add(path)
-            continue
-        if quantization.dtype == "bf16":
-            reader.replace_source_output(_in_bf16(weight).output(0))
-            continue
-        learned = quantization.learned.get(path)
-        scale = None if learned is None else np.asarray(learned.weight_scale, np.float32)
-        node = _in_integers(weight, _channel_axes(layer, weight), quantization, scale)
-        reader.replace_source_output(node.output(0))
-    if kept != set(quantization.keep):
-        missing = ", ".join(sorted(set(quantization.keep) - kept))
-        raise KdctlError(f"layers that are to stay in fp32 are not in the OpenVINO graph: {missing}")
-    graph.validate_nodes_and_infer_types()
-
-
-def _channel_axes(layer: Any, weight: Floats) -> tuple[int, ...]:
-    """The axes of a layer's weights that count its output channels."""
-    kind = layer.get_type_name()
-    if kind == "MatMul":
-        return (weight.ndim - 2,) if layer.get_attributes()["transpose_b"] else (weight.ndim - 1,)
-    return {"Convolution": (0,), "ConvolutionBackpropData": (1,), "GroupConvolution": (0, 1)}.get(kind, (0, 2))
-
-
-def _in_bf16(weight: Floats) -> Any:
-    """A constant in bf16, rounded to nearest even, and what makes fp32 of it."""
-    import openvino
-    from openvino import opset13 as operators
-
-    bits = np.ascontiguousarray(weight).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    tensor = openvino.Tensor(openvino.Type.bf16, list(weight.shape))
-    tensor.data.view(np.uint16)[...] = rounded
-    return operators.convert(openvino.op.Constant(tensor), "f32")
-
-
-def _in_integers(weight: Floats, axes: tuple[int, ...], quantization: Quantization, learned: Floats | None) -> Any:
-    """Weights of any shape as integers times a scale: one a channel (the axes), one a group, or one for all."""
-    from openvino import opset13 as operators
-
-    bits = 4 if quantization.dtype == "int4" else 8
-    moved = np.moveaxis(weight, axes, range(len(axes)))
-    channels = int(np.prod(moved.shape[: len(axes)])) if quantization.per_channel else 1
-    group = quantization.group_size
-    grouped = group is not None and weight.ndim == 2 and moved.shape[1] % group == 0 and learned is None
-    rows = moved.reshape(-1, group) if grouped and group else moved.reshape(channels, -1)
-    if learned is None:
-        scale = ranges.weight_scales(rows, bits, search=bits == 4)
-    else:
-        scale = np.broadcast_to(learned.reshape(-1), (channels,)).astype(np.float32)
-    whole = ranges.to_grid(rows, scale, bits)
-    if grouped and group:  # (channels, groups, group): the product is turned back into the shape of the weights
-        parts = (moved.shape[0], -1, group)
-        product = operators.multiply(_integers(whole.reshape(parts), bits), scale.reshape(moved.shape[0], -1, 1))
-        flat = operators.reshape(product, np.array(moved.shape), False)
-        return flat if axes == (0,) else operators.transpose(flat, np.array([1, 0]))
-    back = np.moveaxis(whole.reshape(moved.shape), range(len(axes)), axes)
-    shape = [size if axis in axes and channels > 1 else 1 for axis, size in enumerate(weight.shape)]
-    return operators.multiply(_integers(back, bits), np.ascontiguousarray(scale.reshape(shape)))
-
-
-def _integers(whole: NDArray[np.int8], bits: int) -> Any:
-    """A constant of 8-bit or 4-bit integers (two a byte, the first in the lower half), converted to fp32."""
-    import openvino
-    from openvino import opset13 as operators
-
-    whole = np.ascontiguousarray(whole)
-    if bits == 8:
-        return operators.convert(operators.constant(whole), "f32")
-    tensor = openvino.Tensor(openvino.Type.i4, list(whole.shape))
-    nibbles = np.append(whole.reshape(-1).view(np.uint8) & 15, np.uint8(0))[: whole.size + whole.size % 2]
-    tensor.data.view(np.uint8).reshape(-1)[...] = nibbles[0::2] | (nibbles[1::2] << 4)
-    return operators.convert(openvino.op.Constant(tensor), "f32")
-
-
 # --------------------------------------------------------------------------------------------------------------- files
 
 
@@ -258,18 +152,27 @@ def _bias(node: Any) -> Floats | None:
     return value * np.asarray(before[1].data, np.float32) if kind == "Multiply" else value.reshape(node.shape)
 
 
-def _save(graph: Any, out: Path, fp16: bool) -> None:
-    """Writes both files aside and renames them, the constants first."""
+def _save(graph: Any, out: Path) -> None:
+    """Writes both files aside and renames them; where the second cannot be, the first is what it was before."""
     import openvino
 
+    constants = out.with_suffix(".bin")
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-            aside = Path(folder) / out.name
-            openvino.save_model(graph, aside, compress_to_fp16=fp16)
+            aside, before = Path(folder) / out.name, Path(folder) / "before.bin"
+            openvino.save_model(graph, aside, compress_to_fp16=False)
             text = aside.read_text(encoding="utf-8")
             aside.write_text("".join(line.lstrip("\t") for line in text.splitlines()), encoding="utf-8")
-            os.replace(aside.with_suffix(".bin"), out.with_suffix(".bin"))
-            os.replace(aside, out)
+            if constants.exists():
+                os.replace(constants, before)
+            try:
+                os.replace(aside.with_suffix(".bin"), constants)
+                os.replace(aside, out)
+            except BaseException:
+                constants.unlink(missing_ok=True)
+                if before.exists():
+                    os.replace(before, constants)
+                raise
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else _reason(error)
         raise KdctlError(f"{out} cannot be written: {reason}") from error
@@ -287,7 +190,7 @@ class OpenVinoPredictor(FilePredictor):
     def __init__(self, path: Path | str, threads: int | None = None) -> None:
         openvino = library()
         self.path = Path(path)
-        self.threads = threads or _available_cores()
+        self.threads = threads or available_cores()
         graph = read(self.path)
         self.runtime = f"openvino {openvino.__version__.partition('-')[0]}"
         self.metadata = _metadata(graph)
@@ -314,10 +217,6 @@ class OpenVinoPredictor(FilePredictor):
 def open_predictor(path: Path | str, threads: int | None = None) -> OpenVinoPredictor:
     """The predictor of an exported file; its arguments are plain, so that a measuring process can be told of it."""
     return OpenVinoPredictor(path, threads)
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read(path: Path) -> Any:
@@ -393,7 +292,7 @@ def inspect(path: Path) -> Contents:
     return Contents(
         bytes=path.stat().st_size + constants,
         weight_bytes=constants,
-        weights=sum(int(np.prod(constant.shape)) for _, constant, _ in _weights(graph)),
+        weights=sum(int(np.prod(constant.shape)) for _, constant, _ in weights(graph)),
         operators=operators.total(),
         int8_operators=sum(int8.values()),
         float_operators={kind: n for kind, n in floats.items() if n},

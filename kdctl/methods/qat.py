@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kdctl import sharding
 from kdctl.config.types import NonNegative, NonNegativeInt, PositiveInt
@@ -32,7 +33,8 @@ class QAT(Distill):
 
     Formula: w' = s clamp(round(w / s), -t, t), t = 2^(weight_bits-1) - 1; gradients pass straight through the rounding
         to the weights in full precision, and by the rule of the quantizer to the steps s. Batch normalisation is folded
-        into the layer before it first, so what is trained is what is deployed.
+        into the layer before it first, so what is trained is what is deployed; a layer whose normalisation cannot be
+        folded is refused.
     Paper: lsq: Esser, McKinstry, Bablani, Appuswamy & Modha, Learned Step Size Quantization, ICLR 2020, with the offset
         of Bhalgat et al., LSQ+, CVPR workshops 2020. plain: Jacob et al., Quantization and Training of Neural Networks
         for Efficient Integer-Arithmetic-Only Inference, CVPR 2018. With a teacher's term among `losses` it is quantized
@@ -204,17 +206,69 @@ def _candidates(net: nn.Module) -> list[str]:
 def _called(model: Model, layers: Sequence[str]) -> list[str]:
     """The layers in the order in which a forward pass calls them first.
 
-    Raises ConfigError where one is not called, for then its rounding would do nothing.
+    Raises ConfigError where one is not called, for then its rounding would do nothing, and where a batch normalisation
+    is left of which an exporter would multiply the layer's weights: they would leave the grid that was learned.
     """
     trial = copy.deepcopy(model).eval()
     _check_bypassed(trial.net)
     try:
-        with Taps(trial.net, layers) as taps, taps.recording() as features:
+        with Taps(trial.net, layers) as taps, taps.recording() as features, _Readers(trial.net, layers) as readers:
             trial(torch.rand(2, *model.record.image_shape))
     except ConfigError as error:
         message = f"a layer cannot be quantised: {error.problems[0].message}"
         raise ConfigError(Problem(message, key="method.skip", hint="add its path to skip")) from None
+    _check_normalised(readers)
     return list(features)
+
+
+class _Readers(TorchFunctionMode):
+    """While it is entered: which functions of torch read what the layers give.
+
+    found: by call of a layer, its path and the names of its readers. Functions that give back the very tensor, as
+    dropout in eval mode does, and those that give none, such as `dim`, are no readers.
+    """
+
+    def __init__(self, net: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__()
+        self.found: dict[int, tuple[str, list[str]]] = {}
+        self._kept: list[Tensor] = []  # so that no other tensor gets the identity of one of them
+        self._paths = {id(net.get_submodule(path).weight): path for path in layers}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [value for value in _tensors([args, kwargs or {}]) if id(value) in self.found]
+        versions = [value._version for value in given]
+        result = func(*args, **(kwargs or {}))
+        made = list(_tensors(result))
+        for value, version in zip(given, versions, strict=True):
+            passed = all(tensor is value for tensor in made) and value._version == version
+            if made and not passed:
+                self.found[id(value)][1].append(getattr(func, "__name__", str(func)))
+        path = next((self._paths[id(t)] for t in _tensors([args, kwargs or {}]) if id(t) in self._paths), None)
+        if path is not None and getattr(func, "__name__", "") in _WEIGHTED:
+            self.found[id(result)] = (path, [])
+            self._kept.append(result)
+        return result
+
+
+_WEIGHTED = ("conv1d", "conv2d", "linear")
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors among arguments or results, however deep."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict | list | tuple):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(value)
+
+
+def _check_normalised(readers: _Readers) -> None:
+    left = sorted({path for path, names in readers.found.values() if names == ["batch_norm"]})
+    if left:
+        message = f"the batch normalisation after {', '.join(left[:8])} cannot be folded into it"
+        message += ": an exporter that folds it would change the weights whose steps were learned"
+        hint = "a net whose forward torch.fx can follow, with norms of torch called once each; or add the layer to skip"
+        raise ConfigError(Problem(message, key="method.skip", hint=hint))
 
 
 def _check_bypassed(net: nn.Module) -> None:

@@ -57,17 +57,6 @@ def widths(module: nn.Module) -> dict[str, int] | None:
     return None
 
 
-def resized(before: nn.Module, after: nn.Module) -> list[Edit]:
-    """The edits that give a net the widths of another with the same modules; raises KeyError where it has others."""
-    others = dict(after.named_modules())
-    edits = []
-    for path, module in before.named_modules():
-        wanted = widths(others[path])
-        if wanted is not None and wanted != widths(module):
-            edits.append({"edit": "resize", "path": path, **wanted})
-    return edits
-
-
 def put(net: nn.Module, path: str, module: nn.Module) -> None:
     """Puts a module in the place of another, under every name that the net has for that one.
 

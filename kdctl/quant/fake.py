@@ -203,7 +203,7 @@ def release(net: nn.Module) -> tuple[nn.Module, dict[str, Learned]]:
     learned = {}
     for path, layer in list(layers(plain)):
         weight = layer.rounded_weight().detach()
-        step = layer.weight_quantizer.step_of(layer.weight).detach()
+        step = layer.weight_quantizer.used_step(layer.weight).detach()
         scale = step.float().cpu().numpy()
         inputs = layer.input_quantizer
         learned[path] = Learned(

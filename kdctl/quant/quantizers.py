@@ -100,6 +100,10 @@ class WeightQuantizer(nn.Module):
         """The step: (C,), or (1,) for the whole tensor."""
         raise NotImplementedError
 
+    def used_step(self, weight: Tensor) -> Tensor:
+        """The step that `forward` rounds with, above zero where the learned one is not; shaped as `step_of`."""
+        return self.step_of(weight).clamp_min(_LEAST)
+
     def fit(self, weight: Tensor, search: bool) -> None:
         """Takes the step from the weights: by the largest of them or, with `search`, by the least square error."""
 

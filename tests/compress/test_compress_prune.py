@@ -166,6 +166,21 @@ class Fixed(nn.Module):
         return self.fc(F.relu(self.fc1(z.view(-1, 12))))
 
 
+class Axes(nn.Module):
+    """`axis` where others write `dim`."""
+
+    def __init__(self, *, num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(in_channels, 8, 3, padding=1)
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, images):
+        x = torch.cat([self.conv1(images), self.conv2(images)], axis=1)
+        x = torch.softmax(x.flatten(2), axis=2)
+        return self.fc(x.sum(axis=2))
+
+
 def own(tmp_path, cls, monkeypatch) -> Model:
     record = ModelRecord(f"{__name__}:{cls.__name__}", {}, 10, CLASSES, [3, 16, 16])
     torch.manual_seed(0)
@@ -208,6 +223,14 @@ def test_groups_gates_and_concatenations_hold_and_a_written_width_stays(tmp_path
     assert net.grouped.groups == 2
     assert net.conv2.in_channels == net.conv1.out_channels + net.grouped.out_channels
     assert result.details["macs"][1] <= 0.5 * result.details["macs"][0]
+
+
+def test_an_axis_is_a_dim(tmp_path, monkeypatch):
+    model = own(tmp_path, Axes, monkeypatch)
+    channels = follow(model)
+    assert {group.name: len(group.units) for group in channels.groups()} == {"conv1": 8, "conv2": 8}
+    units = [unit for group in channels.groups() for unit in group.units[:3]]
+    assert narrow(model, channels, units).net.fc.in_features == 10
 
 
 # ------------------------------------------------------------------------------------------------------------- budgets

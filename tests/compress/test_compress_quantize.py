@@ -103,7 +103,7 @@ def test_convolution_share():
     ("dtype", "mode"), [("int4", "weight_only"), ("fp16", "weight_only"), ("bf16", "weight_only"), ("int8", "static")]
 )
 def test_mode_of_other_dtypes(dtype, mode):
-    assert Quantize(dtype=dtype)._mode(model_of(Net()), SHAPE, False) == mode
+    assert Quantize(dtype=dtype)._mode(model_of(Net()), SHAPE, {}) == mode
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,37 @@ def test_learned_quantisation_is_taken_over(images, tmp_path):
     assert (details["mode"], details["learned"]) == ("static", 1)
     assert OnnxPredictor(out, 1).metadata["quantization"]["learned"] == 1
     assert bench(model_of(net), images).quality(OnnxPredictor(out, 1)) > 30  # its own logits, rounded weights and all
+
+
+def learnt(images, activation_bits):
+    net = Net()
+    for path in ("fine", "rough", "fc"):
+        setattr(net, path, fake.wrap(getattr(net, path), weight_bits=4 if path == "rough" else 8,
+                                     activation_bits=activation_bits, quantizer="plain"))  # fmt: skip
+    fake.calibrate(net, lambda: net(torch.from_numpy(images)) is None, "minmax")
+    return net
+
+
+def test_inputs_that_training_left_in_float_stay_so(images, tmp_path):
+    net = learnt(images, None)
+    out, details = convert(Quantize(), net, images, tmp_path)
+    assert (details["mode"], details["learned"]) == ("weight_only", 3)
+    assert bench(model_of(net), images).quality(OnnxPredictor(out, 1)) == 60
+    assert Quantize(target="executorch")._plan(model_of(net), bench(model_of(net), images), SHAPE)[1].mode == "static"
+
+
+@pytest.mark.parametrize(("dtype", "learned"), [("int4", {"rough"}), ("fp16", set()), ("bf16", set())])
+def test_a_dtype_that_was_asked_for_is_kept(dtype, learned, images):
+    """Only what fits it is taken as it was learnt: 8-bit steps are none of int4."""
+    model = model_of(learnt(images, 8))
+    _, how = Quantize(dtype=dtype)._plan(model, bench(model, images), SHAPE)
+    assert (how.dtype, how.mode, set(how.learned)) == (dtype, "weight_only", learned)
+
+
+def test_groups_are_refused_where_auto_finds_a_mode_without_them(images, tmp_path):
+    with pytest.raises(ConfigError, match="weights of int8 static have no groups"):
+        convert(Quantize(group_size=4), Net(), images, tmp_path)
+    assert not (tmp_path / "model.onnx").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- calibration
@@ -188,6 +219,12 @@ def test_max_drop_that_holds_keeps_nothing(images, tmp_path):
     assert details["quality_after"] == details["quality_quantized"] < 60
 
 
+def test_max_drop_with_nothing_left_to_rank(images, tmp_path):
+    _, details = convert(Quantize(keep=["*"]), Net(), images, tmp_path, max_drop=-1.0)
+    assert (details["kept"], details["layers"]) == (["fc", "fine", "rough"], 0)
+    assert details["quality_after"] == details["quality_quantized"]
+
+
 @pytest.mark.parametrize(("least", "most"), [(1, 20), (3, 20), (8, 20), (13, 20), (20, 20), (99, 20), (1, 1), (2, 3)])
 def test_fewest(least, most):
     asked = []
@@ -207,3 +244,10 @@ def test_globs_of_keep():
     with pytest.raises(KdctlError, match="'c' matches no layer"):
         matching(net, ["c"])
     assert matching(net, []) == frozenset()
+
+
+def test_keep_is_of_convolutions_and_linears():
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Embedding(3, 2), nn.ConvTranspose2d(2, 2, 1))
+    assert matching(net, ["*"]) == {"0", "3"}
+    with pytest.raises(KdctlError, match="'1' matches no layer"):
+        matching(net, ["1"])

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from kdctl.errors import ConfigError, KdctlError
 from kdctl.export import graph, onnx_int8
 from kdctl.export import onnx as onnx_export
-from kdctl.export.base import Quantization
+from kdctl.export.base import Quantization, group_length
 from kdctl.export.onnx import Onnx, OnnxPredictor, inspect, to_graph
 from kdctl.export.onnx_int8 import ranges
-from kdctl.export.onnx_weights import group_length
 from kdctl.quant.learned import Learned
 
 SHAPE = (1, 8, 8)
@@ -303,6 +302,38 @@ def test_learned_input_of_one_reader_does_not_clip_another(convert, net, digits)
     assert sqnr(convert("fp32"), reference, digits[2]) < 20
 
 
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_learned_steps_of_weights_that_are_only_stored(convert, net, mode):
+    """A convolution of a dynamic file, and one of a static file that makes what a kept layer reads."""
+    steps = np.full(64, 0.01, np.float32)
+    keep = frozenset({"conv2.0"}) if mode == "static" else frozenset()
+    path = convert(f"stored-{mode}", mode=mode, learned={"conv1.0": Learned(steps, 8, None)}, keep=keep)
+    found = constants(path)
+    (weight,) = (v for v in found.values() if v.shape == (64, 1, 288) and v.dtype == np.int8)
+    expected = constants(convert("fp32"))["conv1.0.weight"].reshape(64, 1, 288)
+    np.testing.assert_array_equal(weight, np.clip(np.rint(expected / 0.01), -127, 127))
+
+
+class Grouped(nn.Module):
+    """A transposed convolution in two groups, whose weight has no axis of its output channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 6, 3, 2, groups=2)
+        self.stem, self.fc = nn.Conv2d(1, 4, 3, 2, 1), nn.Linear(6, 10)
+
+    def forward(self, images):
+        return self.fc(self.up(self.stem(images).relu()).mean((2, 3)))
+
+
+def test_a_transposed_convolution_in_groups(convert, digits):
+    torch.manual_seed(0)
+    grouped = Grouped().eval()
+    with torch.no_grad():
+        reference = grouped(torch.from_numpy(digits[2])).numpy()
+    assert sqnr(convert("grouped", grouped), reference, digits[2]) > 25
+
+
 # ----------------------------------------------------------------------------------------------- weights alone, dynamic
 
 
@@ -336,6 +367,12 @@ def test_groups_of_int4_lose_less_than_channels(convert, digits):
 
 def test_group_length():
     assert [group_length(288, size) for size in (None, 32, 64, 500, 5)] == [288, 32, 48, 288, 4]
+    assert [group_length(inputs, 32) for inputs in (37, 34, 2 * 37)] == [37, 17, 74]  # no scale for every two weights
+
+
+def test_groups_that_do_not_fit_are_told(convert):
+    path = convert("groups", dtype="int8", mode="weight_only", group_size=32)
+    assert OnnxPredictor(path, threads=1).metadata["quantization"]["groups"] == {"stem.0": 9}
 
 
 def test_weight_only_keeps_layers(convert):

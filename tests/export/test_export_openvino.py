@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from kdctl.bench.latency import Cell, measure
 from kdctl.errors import ConfigError, KdctlError, MissingError
 from kdctl.export import onnx
 from kdctl.export.base import Learned, Quantization
-from kdctl.export.openvino import OpenVino, _in_integers, inspect, open_predictor
+from kdctl.export.openvino import OpenVino, inspect, open_predictor
+from kdctl.export.openvino_weights import _in_integers
 from kdctl.models.record import Model, ModelRecord, build_model
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'kdctl[openvino]'")
@@ -164,19 +166,79 @@ def test_layers_that_are_kept(perceptron, tmp_path):
 @pytest.mark.parametrize("axes", [(0,), (1,)])
 @pytest.mark.parametrize("group", [None, 8])
 def test_integers_are_near_their_weights(axes, group):
-    import openvino
-
     weight = np.random.default_rng(0).normal(size=(24, 16) if axes == (0,) else (16, 24)).astype(np.float32)
     weight *= np.linspace(0.1, 10, 24, dtype=np.float32).reshape((-1, 1) if axes == (0,) else (1, -1))
     for dtype, top in (("int8", 127), ("int4", 7)):
         how = Quantization(dtype=dtype, mode="weight_only", group_size=group)
         node = _in_integers(weight, axes, how, None)
-        compiled = openvino.Core().compile_model(openvino.Model([node], []), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        found = compiled([])[0]
+        found = value(node)
         steps = np.abs(weight).max(axis=1 - axes[0], keepdims=True) / top
         assert found.shape == weight.shape
         assert (np.abs(found - weight) <= (0.51 if dtype == "int8" else 4) * steps).all()
         assert fidelity(found, weight) > (40 if dtype == "int8" else 15)
+
+
+def constants(node):
+    """Sizes of the constants that a node is made of."""
+    import openvino
+
+    nodes = openvino.Model([node], []).get_ordered_ops()
+    return sorted(int(np.prod(n.shape)) for n in nodes if n.get_type_name() == "Constant")
+
+
+def value(node):
+    import openvino
+
+    return openvino.Core().compile_model(openvino.Model([node], []), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([])[0]
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("int4", 8), ("int8", 4), ("int4", 3)])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("steps", [[0.03], [0.01, 0.02, 0.03, 0.04]])
+def test_learned_bits_and_steps_hold_before_the_files(dtype, bits, per_channel, steps):
+    top = 2 ** (bits - 1) - 1
+    steps = np.array(steps, np.float32)
+    weight = np.random.default_rng(0).integers(-top, top + 1, (4, 6)) * steps[:, None]
+    how = Quantization(dtype=dtype, mode="weight_only", per_channel=per_channel, group_size=2)
+    node = _in_integers(weight.astype(np.float32), (0,), how, Learned(steps if len(steps) > 1 else steps[0], bits))
+    np.testing.assert_allclose(value(node), weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("inputs", "scales"), [(64, 2 * 8), (48, 2 * 8), (37, 8), (34, 2 * 8)])
+def test_groups_where_the_size_does_not_divide_the_inputs(inputs, scales):
+    weight = np.random.default_rng(0).normal(size=(8, inputs)).astype(np.float32)
+    node = _in_integers(weight, (0,), Quantization("int8", "weight_only", group_size=32), None)
+    assert scales in constants(node) and fidelity(value(node), weight) > 40
+
+
+def test_what_is_kept_is_not_halved(perceptron, tmp_path):
+    how = Quantization(dtype="fp16", mode="weight_only", keep=frozenset(["layer1.linear"]))
+    OpenVino().convert(perceptron, SHAPE, tmp_path / "model.xml", {}, how)
+    kept, data = perceptron.net.layer1.linear.weight.detach(), (tmp_path / "model.bin").read_bytes()
+    # the weights of the file are the layer's own, or with the normalisation of the input folded in
+    assert inspect(tmp_path / "model.xml").weight_bytes > 4 * kept.numel() and len(data) < 6 * kept.numel()
+
+
+def test_a_failure_between_the_files_leaves_the_old_pair(perceptron, exported, tmp_path, monkeypatch):
+    out = tmp_path / "model.xml"
+    for suffix in (".xml", ".bin"):
+        out.with_suffix(suffix).write_bytes(exported.with_suffix(suffix).read_bytes())
+    move = os.replace
+
+    def fail(source, target):
+        if str(target) == str(out):
+            raise OSError(28, "No space left on device")
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KdctlError, match="cannot be written: No space"):
+        OpenVino().convert(perceptron, SHAPE, out, {})
+    for suffix in (".xml", ".bin"):
+        assert out.with_suffix(suffix).read_bytes() == exported.with_suffix(suffix).read_bytes()
+    out.with_suffix(".bin").unlink()
+    with pytest.raises(KdctlError, match="cannot be written"):
+        OpenVino().convert(perceptron, SHAPE, out, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["model.xml"]
 
 
 def test_in_a_fresh_process(exported):

@@ -269,6 +269,49 @@ def test_what_cannot_work_is_refused(change: str, key: str, said: str, tmp_path:
     assert caught.value.problems[0].key == key and caught.value.problems[0].hint
 
 
+NORMALISED = '''
+import torch.nn.functional as F
+from torch import nn
+
+
+class Branching(nn.Module):
+    """A net that torch.fx cannot follow, and a norm in its first layer's reach."""
+
+    def __init__(self, *, num_classes: int, in_channels: int, before: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 4, 3)
+        self.before = before
+        self.relu = nn.ReLU(inplace=True)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.1)
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if float(y.detach().sum()) > 1e9:
+            return x
+        if self.before == "relu":
+            y = self.relu(y)
+        z = self.norm(self.drop(y))
+        return self.fc((z + y if self.before == "sum" else z).mean((2, 3)))
+'''
+
+
+@pytest.mark.parametrize(("before", "refused"), [("nothing", True), ("relu", False), ("sum", False)])
+def test_a_norm_that_an_exporter_would_fold_is_refused(before: str, refused: bool, tmp_path: Path) -> None:
+    """One after an activation, or that shares its input with a sum, has to stay in any file."""
+    (tmp_path / "own.py").write_text(NORMALISED)
+    change = f"student={{kind: '{tmp_path}/own.py:Branching', before: {before}}}"
+    if refused:
+        with pytest.raises(ConfigError, match="batch normalisation after conv cannot be folded") as caught:
+            build_it(tmp_path, ALONE, change)
+        assert caught.value.problems[0].hint
+        change_skip = "method.skip=[conv]"
+        assert list(wrapped(build_it(tmp_path, ALONE, change, change_skip))) == ["fc"]
+    else:
+        assert list(wrapped(build_it(tmp_path, ALONE, change))) == ["conv", "fc"]
+
+
 def test_a_quantised_student_is_not_quantised_again(tmp_path: Path) -> None:
     parts = build_it(tmp_path, ALONE)
     save_model(parts.method.student, tmp_path / "model")

@@ -112,6 +112,16 @@ def test_a_step_that_passed_through_zero_is_the_smallest(value: float) -> None:
     assert 0 < float(y.detach()) < 1e-7 and step.grad is not None and step.grad.isfinite().all()
 
 
+def test_the_step_left_behind_is_the_one_that_rounded() -> None:
+    made: Any = fake.wrap(nn.Linear(3, 2))
+    with torch.no_grad():
+        made.weight_quantizer.step.copy_(torch.tensor([-0.5, 0.25]))
+    plain, learned = fake.release(made)
+    scale = torch.from_numpy(learned[""].weight_scale)
+    assert (scale > 0).all() and scale[1] == 0.25
+    torch.testing.assert_close((plain.weight / scale[:, None]).round() * scale[:, None], plain.weight)
+
+
 def test_numbers_of_half_precision_are_rounded_in_fp32() -> None:
     """In bfloat16 itself v = 250.6 would be 251 or 250 before it is rounded: its levels lie one apart there."""
     x = (torch.arange(40) * 6.265).bfloat16()

@@ -88,11 +88,16 @@ def _split(f: Follower, before: Tensor, after: Tensor) -> Tensor:
     return tied
 
 
+def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], default: Any) -> Any:
+    """The dimension of a call, which torch takes as `axis` too."""
+    return kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else default))
+
+
 def _cat(f: Follower, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     given = list(args[0] if args else kwargs["tensors"])
     if not any(f.knows(t) for t in given):
         return
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    dim = _dim(args, kwargs, 0)
     numbers = [f.of(t) for t in given]
     joined = torch.cat(numbers, dim)
     along = dim % joined.dim()
@@ -140,7 +145,7 @@ def _spatial(f: Follower, name: str, args: tuple[Any, ...], kwargs: dict[str, An
 
 def _reduce(f: Follower, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     tensor = args[0] if args else kwargs["input"]
-    given = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    given = _dim(args, kwargs, None)
     if not f.knows(tensor) or not isinstance(result, Tensor):
         return _unknown(f, name, args, kwargs, result)
     dims = range(tensor.dim()) if given is None else [given] if isinstance(given, int) else list(given)
@@ -157,7 +162,7 @@ def _reduce(f: Follower, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 def _along(f: Follower, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     """What compares the values along one dimension: softmax."""
     tensor = args[0] if args else kwargs["input"]
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    dim = _dim(args, kwargs, None)
     if not f.knows(tensor):
         return
     numbers = f.of(tensor)
