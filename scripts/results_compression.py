@@ -4,6 +4,7 @@
     python scripts/results_compression.py pipeline --data-root FOLDER --weights resnet56-4bfd9763.th
     python scripts/results_compression.py qat --data-root FOLDER --weights resnet20-12fca82f.th
     python scripts/results_compression.py runtimes --data-root FOLDER --weights resnet20-12fca82f.th
+    python scripts/results_compression.py transformer --data-root FOLDER
     python scripts/results_compression.py table
 
 Each works in the current directory, appends to docs/results/compression.json as it goes, and leaves out what is there.
@@ -24,6 +25,7 @@ from kdctl import stats
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results" / "compression.json"
 CONFIGS = ROOT / "configs" / "compression"
+TARGETS = "onnx,openvino,executorch,litert,torchscript"
 WITHOUT = ["compress.finetune.losses=[{kind: ce}]", "compress.finetune.teacher=null"]
 PRUNE_ARMS: dict[str, list[str]] = {
     "distilled": [],
@@ -129,13 +131,25 @@ def qat(options: argparse.Namespace) -> None:
 
 
 def runtimes(options: argparse.Namespace) -> None:
-    targets = "onnx,openvino,executorch,litert,torchscript"
     run = kdctl("train", str(CONFIGS / "int8.yaml"), *own(options), "compress=[]", "export=[]")["run"]
-    document = kdctl("export", run, "--to", targets, "--dtype", "fp32,int8")
+    export("runtimes", run)
+
+
+def transformer(options: argparse.Namespace) -> None:
+    run = kdctl("train", str(CONFIGS / "transformer.yaml"), f"data.root={options.data_root}")["run"]
+    export("transformer", run)
+
+
+def export(section: str, run: str) -> None:
+    """Every runtime that is installed, in fp32 and int8, in one command."""
+    add_exports(section, kdctl("export", run, "--to", TARGETS, "--dtype", "fp32,int8"))
+
+
+def add_exports(section: str, document: dict[str, Any]) -> None:
     for made in document["stages"]:
-        add("runtimes", made["variant"], brief(made))
+        add(section, made["variant"], brief(made))
     for failure in document["failures"]:
-        add("runtimes", failure["variant"], failure)
+        add(section, failure["variant"], failure)
 
 
 def own(options: argparse.Namespace) -> list[str]:
@@ -163,12 +177,39 @@ def table() -> str:
         lines.append(
             f"| {row['arm']} | {row['seed']} | {row['fp32']:.2f} | {row['ptq']:.2f} | {row['qat']:.2f} | {share} |"
         )
+    for seed, row in document.get("pipeline", {}).items():
+        lines += ["", f"| pipeline, {seed} | top-1 | bytes | MACs | cpu ms, batch 1 |", "|---|---|---|---|---|"]
+        for column, made in [("the teacher", row["stages"][0]["before"])] + [
+            (d["variant"], d["after"]) for d in row["stages"]
+        ]:
+            size = f"{made['bytes']:,} | {made['macs']:,} | {made['cpu_ms']['1']:.2f}"
+            lines.append(f"| {column} | {made['metrics']['top1']:.2f} | {size} |")
+    for section in ("runtimes", "transformer"):
+        rows = document.get(section, {})
+        if rows:
+            lines += [
+                "",
+                f"| {section} | top-1 | agreement | bytes | cpu ms, 1 | x fp32 there | x eager |",
+                "|---" * 7 + "|",
+            ]
+        for name, row in rows.items():
+            lines.append(f"| {name} | {row['error']} |" if "error" in row else runtime_row(name, row))
     return "\n".join(lines)
+
+
+def runtime_row(name: str, row: dict[str, Any]) -> str:
+    after = row["after"]
+    times = [row[c]["cpu_ms"]["1"] / after["cpu_ms"]["1"] for c in ("same_runtime", "before")]
+    said = f"{after['metrics']['top1']:.2f} | {row['agreement']:.2f} | {after['bytes']:,} | {after['cpu_ms']['1']:.3f}"
+    return f"| {name} ({row['runtime']}) | {said} | {times[0]:.2f} | {times[1]:.2f} |"
+
+
+MAKERS = {"prune": prune, "pipeline": pipeline, "qat": qat, "runtimes": runtimes, "transformer": transformer}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["prune", "pipeline", "qat", "runtimes", "table"])
+    parser.add_argument("what", choices=[*MAKERS, "table"])
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
@@ -176,8 +217,9 @@ def main() -> None:
     if options.what == "table":
         print(table())
         return
-    options.data_root, options.weights = options.data_root.resolve(), options.weights.resolve()
-    {"prune": prune, "pipeline": pipeline, "qat": qat, "runtimes": runtimes}[options.what](options)
+    options.data_root = options.data_root.resolve()
+    options.weights = options.weights and options.weights.resolve()
+    MAKERS[options.what](options)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from kdctl import sharding
 from kdctl.config.types import NonNegative, NonNegativeInt, PositiveInt
@@ -212,63 +211,55 @@ def _called(model: Model, layers: Sequence[str]) -> list[str]:
     trial = copy.deepcopy(model).eval()
     _check_bypassed(trial.net)
     try:
-        with Taps(trial.net, layers) as taps, taps.recording() as features, _Readers(trial.net, layers) as readers:
-            trial(torch.rand(2, *model.record.image_shape))
+        with Taps(trial.net, layers) as taps, taps.recording() as features:
+            left = _normalised(trial.net, layers, lambda: trial(torch.rand(2, *model.record.image_shape)))
     except ConfigError as error:
         message = f"a layer cannot be quantised: {error.problems[0].message}"
         raise ConfigError(Problem(message, key="method.skip", hint="add its path to skip")) from None
-    _check_normalised(readers)
+    if left:
+        message = f"the batch normalisation after {', '.join(left[:8])} cannot be folded, and an exporter would fold it"
+        hint = "a net that torch.fx can follow, whose norms are called once each; or add these layers to skip"
+        raise ConfigError(Problem(message, key="method.skip", hint=hint))
     return list(features)
 
 
-class _Readers(TorchFunctionMode):
-    """While it is entered: which functions of torch read what the layers give.
+def _normalised(net: nn.Module, layers: Sequence[str], run: Callable[[], Any]) -> list[str]:
+    """The layers whose output goes into a batch normalisation and nowhere else, as the graph of gradients has it.
 
-    found: by call of a layer, its path and the names of its readers. Functions that give back the very tensor, as
-    dropout in eval mode does, and those that give none, such as `dim`, are no readers.
+    run: calls the net. Only such a normalisation is folded by exporters: not one after an activation, nor one that
+    shares its input with a sum.
     """
-
-    def __init__(self, net: nn.Module, layers: Sequence[str]) -> None:
-        super().__init__()
-        self.found: dict[int, tuple[str, list[str]]] = {}
-        self._kept: list[Tensor] = []  # so that no other tensor gets the identity of one of them
-        self._paths = {id(net.get_submodule(path).weight): path for path in layers}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [value for value in _tensors([args, kwargs or {}]) if id(value) in self.found]
-        versions = [value._version for value in given]
-        result = func(*args, **(kwargs or {}))
-        made = list(_tensors(result))
-        for value, version in zip(given, versions, strict=True):
-            passed = all(tensor is value for tensor in made) and value._version == version
-            if made and not passed:
-                self.found[id(value)][1].append(getattr(func, "__name__", str(func)))
-        path = next((self._paths[id(t)] for t in _tensors([args, kwargs or {}]) if id(t) in self._paths), None)
-        if path is not None and getattr(func, "__name__", "") in _WEIGHTED:
-            self.found[id(result)] = (path, [])
-            self._kept.append(result)
-        return result
-
-
-_WEIGHTED = ("conv1d", "conv2d", "linear")
+    given: list[tuple[str, Any]] = []
+    handles = []
+    for path in layers:
+        layer = net.get_submodule(path)
+        layer.requires_grad_(True)
+        handles.append(layer.register_forward_hook(lambda _, __, y, path=path: given.append((path, y.grad_fn))))
+    with torch.enable_grad():
+        outputs = run()
+    for handle in handles:
+        handle.remove()
+    readers: dict[Any, list[str]] = {}
+    waiting = [tensor.grad_fn for tensor in _tensors(outputs) if tensor.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        for source, _ in node.next_functions:
+            readers.setdefault(source, []).append(node.name())
+            if source is not None and source not in seen:
+                seen.add(source)
+                waiting.append(source)
+    found = [path for path, node in given if len(names := readers.get(node, [])) == 1 and "BatchNorm" in names[0]]
+    return list(dict.fromkeys(found))
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    """The tensors among arguments or results, however deep."""
+    """The tensors of an output, however deep."""
     if isinstance(values, Tensor):
         yield values
-    elif isinstance(values, dict | list | tuple):
-        for value in values.values() if isinstance(values, dict) else values:
+    elif isinstance(values, Mapping | list | tuple):
+        for value in values.values() if isinstance(values, Mapping) else values:
             yield from _tensors(value)
-
-
-def _check_normalised(readers: _Readers) -> None:
-    left = sorted({path for path, names in readers.found.values() if names == ["batch_norm"]})
-    if left:
-        message = f"the batch normalisation after {', '.join(left[:8])} cannot be folded into it"
-        message += ": an exporter that folds it would change the weights whose steps were learned"
-        hint = "a net whose forward torch.fx can follow, with norms of torch called once each; or add the layer to skip"
-        raise ConfigError(Problem(message, key="method.skip", hint=hint))
 
 
 def _check_bypassed(net: nn.Module) -> None:

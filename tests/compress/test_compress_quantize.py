@@ -66,7 +66,9 @@ def bench(model, images):
     def stream():
         yield from np.array_split(images, 4)
 
-    return Workbench(task=None, images=stream, batches=None, quality=quality, say=lambda _: None)
+    return Workbench(
+        task=None, images=stream, batches=None, quality=quality, of_student=lambda: 60.0, say=lambda _: None
+    )
 
 
 @pytest.fixture(scope="module")

@@ -275,7 +275,7 @@ from torch import nn
 
 
 class Branching(nn.Module):
-    """A net that torch.fx cannot follow, and a norm in its first layer's reach."""
+    """A net that torch.fx cannot follow, with a norm soon after its first layer."""
 
     def __init__(self, *, num_classes: int, in_channels: int, before: str) -> None:
         super().__init__()
@@ -303,11 +303,10 @@ def test_a_norm_that_an_exporter_would_fold_is_refused(before: str, refused: boo
     (tmp_path / "own.py").write_text(NORMALISED)
     change = f"student={{kind: '{tmp_path}/own.py:Branching', before: {before}}}"
     if refused:
-        with pytest.raises(ConfigError, match="batch normalisation after conv cannot be folded") as caught:
+        with pytest.raises(ConfigError, match="batch normalisation after conv cannot") as caught:
             build_it(tmp_path, ALONE, change)
         assert caught.value.problems[0].hint
-        change_skip = "method.skip=[conv]"
-        assert list(wrapped(build_it(tmp_path, ALONE, change, change_skip))) == ["fc"]
+        assert list(wrapped(build_it(tmp_path, ALONE, change, "method.skip=[conv]"))) == ["fc"]
     else:
         assert list(wrapped(build_it(tmp_path, ALONE, change))) == ["conv", "fc"]
 
