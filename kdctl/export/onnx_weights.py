@@ -39,7 +39,8 @@ def weight_only(proto: onnx.ModelProto, how: Quantization) -> dict[str, Any]:
         if how.dtype in _HALF:
             _store_half(view, name, _HALF[how.dtype])
         else:
-            sizes[graph.layer_path(nodes[0])] = store_integers(view, name, nodes[0], how)
+            path = graph.layer_path(nodes[0])  # it is named by the weight, which becomes another
+            sizes[path] = store_integers(view, name, nodes[0], how)
     graph.sort(proto)
     graph.prune(proto)
     about: dict[str, Any] = {"dtype": how.dtype, "mode": "weight_only", "kept": sorted(how.keep)}

@@ -22,7 +22,9 @@ def make(kind: str, **arguments) -> Model:
 
 
 def bench(quality=lambda predict: 0.0) -> Workbench:
-    return Workbench(Classification(), lambda: iter([IMAGES]), lambda: iter([]), quality, lambda text: None)
+    return Workbench(
+        Classification(), lambda: iter([IMAGES]), lambda: iter([]), quality, lambda: 0.0, lambda text: None
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from kdctl.taps import Taps
 from kdctl.tasks.classification import Classification
 
 GENERATOR = torch.Generator().manual_seed(0)
-BENCH = Workbench(Classification(), lambda: iter(()), lambda: iter(()), lambda predict: 0.0)
+BENCH = Workbench(Classification(), lambda: iter(()), lambda: iter(()), lambda predict: 0.0, lambda: 0.0)
 
 
 def random(*shape: int) -> Tensor:

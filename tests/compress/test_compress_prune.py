@@ -46,7 +46,9 @@ def bench_of(model: Model, count: int = 64) -> Workbench:
             rows = range(start, min(start + 32, count))
             yield task.collate([(torch.from_numpy(images[i]), int(labels[i]), i) for i in rows])
 
-    return Workbench(task, lambda: iter([images[:32], images[32:]]), batches, lambda predict: 0.0, lambda text: None)
+    return Workbench(
+        task, lambda: iter([images[:32], images[32:]]), batches, lambda predict: 0.0, lambda: 0.0, lambda text: None
+    )
 
 
 def every_other(channels) -> list[int]:

@@ -12,7 +12,9 @@ from kdctl.methods.masks import cubic
 from kdctl.models.record import Model, ModelRecord, build_model
 from kdctl.tasks.classification import Classification
 
-BENCH = Workbench(Classification(), lambda: iter([]), lambda: iter([]), lambda predict: 0.0, lambda text: None)
+BENCH = Workbench(
+    Classification(), lambda: iter([]), lambda: iter([]), lambda predict: 0.0, lambda: 0.0, lambda text: None
+)
 
 
 def make(kind: str = "resnet8", **arguments) -> Model:

@@ -94,7 +94,9 @@ def test_calibration_images_are_training_images(run: runs.Run) -> None:
     data = build.build_data(load_run(run))
     with Yardstick(run, load_run(run), data) as yardstick:
         images = np.concatenate(list(yardstick.workbench(load_run(run).student_stage).images()))
-        labels = np.concatenate([batch.targets.numpy() for batch in yardstick.workbench(load_run(run).student_stage).batches()])
+        labels = np.concatenate(
+            [batch.targets.numpy() for batch in yardstick.workbench(load_run(run).student_stage).batches()]
+        )
     train = {row.tobytes() for row in (data.train.images.numpy() / np.float32(255)).astype(np.float32)}  # type: ignore[union-attr]
     assert len(images) == len(data.train) and all(image.tobytes() in train for image in images)
     assert (labels >= 0).sum() == (data.train.targets >= 0).sum() > 0
