@@ -170,7 +170,8 @@ def table() -> str:
         value = stats.interval([r["recovered"]["after"]["metrics"]["top1"] for r in rows])
         after, minutes = rows[0]["recovered"]["after"], sum(r["seconds"] for r in rows) / len(rows) / 60
         size = f"{after['macs']:,} | {after['parameters']:,}"
-        lines.append(f"| {arm} | {value.mean:.2f} ({value.std:.2f}) | {size} | {minutes:.1f} |")
+        spread = "one seed" if value.std is None else f"std {value.std:.2f}, {len(rows)} seeds"
+        lines.append(f"| {arm} | {value.mean:.2f} ({spread}) | {size} | {minutes:.1f} |")
     lines += ["", "| quantised to | seed | fp32 | after training | trained | recovered |", "|---|---|---|---|---|---|"]
     for row in document.get("qat", {}).values():
         share = "-" if row["recovered"] is None else f"{100 * row['recovered']:.0f} %"
