@@ -87,7 +87,7 @@ def test_a_smaller_model():
     assert size.startswith("not smaller than fp32: 1.00x the bytes (1,001,000 for 1,000,000): 100% of the parameters")
     assert (
         speed
-        == "not faster than before (0.95x): it has 100% of the multiply-accumulates; zeros are multiplied like others"
+        == "not faster than before (0.95x): it has 100% of the MACs; PyTorch computes zero or rounded ones like others"
     )
     (note,) = explain(columns | {"after": column(500_000, 125_000, 20_000_000, 1.9)}, None)
     assert note.startswith("hardly faster than before (1.05x), with 50% of the multiply-accumulates")
