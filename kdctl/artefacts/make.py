@@ -69,7 +69,8 @@ def _produce(
     if isinstance(stage, TrainStage):
         save_model(model, folder / MODEL)
         return TORCH, MODEL, {"training": runs.read_json(yardstick.run.stage_dir(stage.name) / "result.json")}
-    metadata, shape = record_metadata(model.record.to_dict()), image_shape(model)
+    plain = released(model)[0] if fake.is_quantized(model.net) else model  # whose record is that of the file's net
+    metadata, shape = record_metadata(plain.record.to_dict()), image_shape(model)
     arguments = stage.arguments
     if stage.kind == "export":
         exporter = registry.load(registry.find("exporters", arguments["target"]))
