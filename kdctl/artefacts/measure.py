@@ -18,7 +18,7 @@ from kdctl.errors import GateError, Problem
 from kdctl.evaluate import Predictions, TorchPredictor, predict
 from kdctl.export import elsewhere, files, manifest
 from kdctl.export.base import Exporter
-from kdctl.models.record import load_model
+from kdctl.models.record import Model, load_model
 from kdctl.runs import Run
 
 BATCHES = (1, 32)
@@ -58,17 +58,11 @@ def measure(
     small, whole = load_model(path if target == TORCH else source), load_model(student)
     columns: dict[str, dict[str, Any]] = {}
     for name, model in (("before", whole), ("after", small), ("same_runtime", whole)):
-        if name not in paths:  # PyTorch is the runtime of the artefact too, or the artefact is fp32 in its runtime
+        if name in paths:
+            size = _bytes(TORCH if name == "before" else target, paths[name])
+            columns[name] = _column(name, model, size, yardstick.metrics(said[name]), timed)
+        else:  # PyTorch is the runtime of the artefact too, or the artefact is fp32 in its runtime
             columns[name] = columns["after" if own else "before"]
-            continue
-        columns[name] = {
-            "bytes": _bytes(TORCH if name == "before" else target, paths[name]),
-            "parameters": cost.parameters(model.net),
-            "macs": cost.macs(model, image_shape(model)),
-            "metrics": yardstick.metrics(said[name]),
-            "latency_ms": {str(b): timed[name, b].p50_ms for b in BATCHES if timed},
-            "cpu_ms": {str(b): timed[name, b].cpu_ms for b in BATCHES if timed},
-        }
     teacher = yardstick.of_teacher()
     contents = files.inspect(target, path) if target != TORCH else None
     return {
@@ -87,6 +81,19 @@ def measure(
         "details": details,
         "delegated": None if contents is None else contents.delegated,
         "notes": notes.explain(columns, contents) if timed else [],
+    }
+
+
+def _column(
+    name: str, model: Model, size: int, metrics: dict[str, float], timed: dict[tuple[str, int], Row]
+) -> dict[str, Any]:
+    return {
+        "bytes": size,
+        "parameters": cost.parameters(model.net),
+        "macs": cost.macs(model, image_shape(model)),
+        "metrics": metrics,
+        "latency_ms": {str(b): timed[name, b].p50_ms for b in BATCHES if timed},
+        "cpu_ms": {str(b): timed[name, b].cpu_ms for b in BATCHES if timed},
     }
 
 
