@@ -28,6 +28,7 @@ from kdctl.teachers.base import Teacher
 from kdctl.teachers.cached import CachedTeacher
 from kdctl.teachers.ensemble import Ensemble
 from kdctl.teachers.live import LiveTeacher
+from kdctl.teachers.shuffled import ShuffledTeacher
 from kdctl.teachers.store import open_store
 
 __all__ = [
@@ -158,7 +159,8 @@ def build_stage(
         term.to(device)
         term.loss.bind(student.net)
     members = _teachers(experiment, stage, models, task, data, taps)
-    teacher = _together(members)
+    given = zip(members, stage.teachers, strict=True)
+    teacher = _together([ShuffledTeacher(member) if spec.shuffled else member for member, spec in given])
     _check_compile(settings.compile is True, terms)
     compile, steps = settings.compile is True, len(loader)
     precision = str(settings.precision)

@@ -1,19 +1,74 @@
-"""Experiments made from an experiment: its control, and what a further seed of a group runs."""
+"""Experiments made from an experiment: its controls, and what a further seed of a group runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdctl import registry
-from kdctl.config.schema import Component, Experiment, LossSpec, ModelSpec, TrainStage
-from kdctl.errors import ConfigError, Problem
+from kdctl import registry, runs
+from kdctl.config.schema import Component, Experiment, LossSpec, ModelSpec, TapPair, TeacherSpec, TrainStage
+from kdctl.errors import ConfigError, Problem, UsageError, did_you_mean
 from kdctl.losses.base import Loss
 from kdctl.runs import Run
 
 SHARED = "teachers"
 """The folder of a run that holds the teachers which another run of its group trained."""
+BASELINE = "baseline"
+SMOOTHING = 0.1
+"""The label smoothing of the control of that name (Szegedy et al., CVPR 2016)."""
+
+Files = dict[str, Path]
+"""What a run is given beside its experiment: name in the run -> file to copy."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The runs that a control may be made from. first: the group's first main run, which has its teachers; same_seed:
+    the finished runs of the control's own seed by role, `main` or a control's name."""
+
+    first: Run
+    same_seed: Mapping[str, Run]
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control run of a group: in one line what it is, whether it must show no gain, and how it is made."""
+
+    what: str
+    make: Callable[[Experiment, Made], tuple[Experiment, Files]]
+    placebo: bool = False
+
+
+def parse_controls(text: str) -> list[str]:
+    """The names of a list with commas, each once, in the order in which they are run. Raises UsageError for another."""
+    named = [word.strip() for word in text.split(",") if word.strip()]
+    for name in named:
+        if name not in CONTROLS:
+            hint = did_you_mean(name, CONTROLS) or "those there are: " + ", ".join(CONTROLS)
+            raise UsageError(f"--controls: there is no control '{name}'", hint=hint)
+    return [name for name in CONTROLS if name in named]
+
+
+def check_controls(experiment: Experiment, names: Sequence[str]) -> None:
+    """Raises ConfigError, before anything is trained, where a control cannot be made of an experiment."""
+    if names:
+        control(experiment)
+    if "label_smoothing" in names:
+        _smoothed(experiment)
+    taught = any(stage.teachers for stage in _student_stages(experiment))
+    needs_teacher = [name for name in names if name in ("random_teacher", "shuffled_labels", "self")]
+    if needs_teacher and not taught:
+        message = f"the controls {', '.join(needs_teacher)} replace the teacher, and this experiment has none"
+        raise ConfigError(Problem(message, key="teacher", hint="leave them out"))
+
+
+def _student_stages(experiment: Experiment) -> list[TrainStage]:
+    return [s for s in experiment.train_stages if s.role == "student"]
+
+
+# ------------------------------------------------------------------------------------------------- without a teacher
 
 
 def control(experiment: Experiment) -> Experiment:
@@ -22,15 +77,20 @@ def control(experiment: Experiment) -> Experiment:
     A stage that had teacher terms alone trains on the task's own loss for as long. Raises ConfigError when no stage of
     the student has a term without a teacher.
     """
-    mine = [s for s in experiment.train_stages if s.role == "student"]
+    mine = _student_stages(experiment)
     if not any(_alone(stage.losses) for stage in mine):
         hint = "the control needs a term without a teacher, for example {kind: ce, weight: 0.1}"
         raise ConfigError(Problem("no term is left without the teacher", key="losses", hint=hint))
+    names = {stage.name for stage in mine}
     stages: list[Any] = []
     for stage in mine:
         losses = _alone(stage.losses) or [LossSpec(kind="supervised")]
         update: dict[str, Any] = {"teacher": None, "losses": losses, "balance": "none"}
         update |= {"method": Component(kind="distill"), "ensemble": Component(kind="mean_logits")}
+        if stage.student is not None and stage.student.stage not in (None, *names):  # an assistant, which is not made
+            update["student"] = stage.student.model_copy(update={"stage": None})
+        if stage.start not in ("fresh", "previous", *names):
+            update["start"] = "fresh"
         stages.append(stage.model_copy(update=update))
     return experiment.model_copy(update={"stages": stages, "teacher_cache": None})
 
@@ -62,13 +122,49 @@ def _scaled(spec: LossSpec, factor: float) -> LossSpec:
     return spec.model_copy(update={"weight": round(spec.weight * factor, 12)})
 
 
-def with_shared_teachers(experiment: Experiment, first: Run) -> tuple[Experiment, dict[str, Path]]:
+def _smoothed(experiment: Experiment) -> Experiment:
+    """The control with label smoothing in each supervised term. Raises ConfigError where all have it already."""
+    alone, changed = control(experiment), False
+    stages: list[Any] = []
+    for stage in alone.train_stages:
+        losses = []
+        for spec in stage.losses:
+            plain = registry.canonical("losses", spec.kind) == "supervised" and not spec.arguments.get(
+                "label_smoothing"
+            )
+            changed = changed or plain
+            losses.append(LossSpec(**spec.model_dump() | {"label_smoothing": SMOOTHING}) if plain else spec)
+        stages.append(stage.model_copy(update={"losses": losses}))
+    if not changed:
+        message = "no supervised term is without label smoothing: this control would be the baseline"
+        raise ConfigError(Problem(message, key="losses", hint="leave label_smoothing out of --controls"))
+    return alone.model_copy(update={"stages": stages})
+
+
+def _for_as_long(experiment: Experiment, made: Made) -> tuple[Experiment, Files]:
+    """The control with as many epochs as fit into the seconds that the distillation of this seed took."""
+    alone = control(experiment)
+    names = [stage.name for stage in alone.train_stages]
+    main, plain = (_seconds(made.same_seed[role], names) for role in ("main", BASELINE))
+    factor = max(1.0, main / plain) if plain > 0 else 1.0
+    stages = [s.model_copy(update={"epochs": round(s.epochs * factor)}) for s in alone.train_stages]
+    return alone.model_copy(update={"stages": stages}), {}
+
+
+def _seconds(run: Run, stages: Sequence[str]) -> float:
+    return sum(seconds for name, seconds in run.info.get("seconds", {}).items() if name in stages)
+
+
+# ---------------------------------------------------------------------------------------------- with another teacher
+
+
+def with_shared_teachers(experiment: Experiment, first: Run) -> tuple[Experiment, Files]:
     """The experiment with the teachers that the group's first run trained, and the files that its run is given.
 
     The weights are named relative to the new run, which holds a copy: it stays whole when it is moved.
     """
     made = {s.name for s in experiment.train_stages if s.role in ("teacher", "assistant")}
-    files: dict[str, Path] = {}
+    files: Files = {}
 
     def shared(spec: Any) -> Any:
         if not isinstance(spec, ModelSpec) or spec.stage not in made:
@@ -81,11 +177,95 @@ def with_shared_teachers(experiment: Experiment, first: Run) -> tuple[Experiment
     for stage in experiment.stages:
         if isinstance(stage, TrainStage) and stage.name not in made:
             teachers = [shared(t) for t in stage.teachers]
-            teacher = teachers if isinstance(stage.teacher, list) else (teachers or [None])[0]
-            stage = stage.model_copy(update={"teacher": teacher, "student": shared(stage.student)})
+            stage = _taught_by(stage, teachers).model_copy(update={"student": shared(stage.student)})
         product = stage in experiment.products
         if stage.name not in made and not (
             product and experiment.origin(stage).name in made
         ):  # the first run has these
             stages.append(stage)
     return experiment.model_copy(update={"stages": stages}), files
+
+
+def _taught_by(stage: TrainStage, teachers: Sequence[Any]) -> TrainStage:
+    """The stage with other teachers, in the form that it had."""
+    teacher = list(teachers) if isinstance(stage.teacher, list) else (list(teachers) or [None])[0]
+    return stage.model_copy(update={"teacher": teacher})
+
+
+def _replaced(
+    experiment: Experiment, made: Made, change: Callable[[TrainStage, Files], TrainStage]
+) -> tuple[Experiment, Files]:
+    """The student's stages of a further seed, each taught stage changed; what would be made of the student is not."""
+    shared, files = with_shared_teachers(experiment, made.first)
+    stages = [change(stage, files) if stage.teachers else stage for stage in _student_stages(shared)]
+    return shared.model_copy(update={"stages": stages}), files
+
+
+def _random(experiment: Experiment, made: Made) -> tuple[Experiment, Files]:
+    """Each teacher with the weights that it begins with."""
+
+    def change(stage: TrainStage, files: Files) -> TrainStage:
+        return _taught_by(stage, [_untrained(spec, files) for spec in stage.teachers])
+
+    return _replaced(experiment, made, change)
+
+
+def _untrained(spec: TeacherSpec, files: Files) -> TeacherSpec:
+    """A teacher without weights of the architecture that its record, where it has one, says."""
+    known: dict[str, Any] = {}
+    stem = None if spec.weights is None else files.get(spec.weights, Path(spec.weights))
+    if stem is not None and runs.holds_model(str(stem)):
+        record = runs.read_json(stem / "student.json" if stem.is_dir() else stem.with_suffix(".json"))
+        normalize = record.get("normalize") or "none"
+        known = {"kind": record["kind"], **record["arguments"]}
+        known |= {"normalize": normalize, "input_size": record.get("input_size")}
+    given = spec.model_dump(by_alias=False, exclude={"weights", "stage", "mapping", "classes", "train"})
+    return TeacherSpec(**given | known | {"control": True})
+
+
+def _shuffled(experiment: Experiment, made: Made) -> tuple[Experiment, Files]:
+    """Each teacher's answers given to other samples."""
+
+    def change(stage: TrainStage, files: Files) -> TrainStage:
+        return _taught_by(stage, [spec.model_copy(update={"shuffled": True}) for spec in stage.teachers])
+
+    return _replaced(experiment, made, change)
+
+
+def _by_itself(experiment: Experiment, made: Made) -> tuple[Experiment, Files]:
+    """The baseline of this seed as the only teacher: what a model of the student's own size can teach it."""
+    baseline = made.same_seed[BASELINE]
+
+    def change(stage: TrainStage, files: Files) -> TrainStage:
+        student = stage.student or experiment.student
+        for suffix in (".safetensors", ".json"):
+            files[f"{SHARED}/self{suffix}"] = baseline / f"student{suffix}"
+        given = student.model_dump(by_alias=False, exclude={"weights", "stage", "mapping"})
+        teacher = TeacherSpec(**given, weights=f"{SHARED}/self.safetensors", control=True)
+        losses = [spec.model_copy(update={"taps": [_own_tap(tap) for tap in spec.taps]}) for spec in stage.losses]
+        return stage.model_copy(
+            update={"teacher": teacher, "losses": losses, "ensemble": Component(kind="mean_logits")}
+        )
+
+    return _replaced(experiment, made, change)
+
+
+def _own_tap(tap: Any) -> Any:
+    return tap.student if isinstance(tap, TapPair) else tap
+
+
+CONTROLS: dict[str, Control] = {
+    BASELINE: Control(
+        "the same student without a teacher: its terms gone, the supervised weights scaled to 1",
+        lambda experiment, _: (control(experiment), {}),
+    ),
+    "equal_time": Control("the baseline, trained for as many epochs as fit into the distillation's time", _for_as_long),
+    "label_smoothing": Control(
+        f"the baseline with label smoothing {SMOOTHING}: soft labels that know nothing",
+        lambda experiment, _: (_smoothed(experiment), {}),
+    ),
+    "random_teacher": Control("a teacher of the same kind with the weights that it begins with", _random, placebo=True),
+    "shuffled_labels": Control("the teacher's answers, each given to another sample", _shuffled, placebo=True),
+    "self": Control("the baseline student as its own teacher", _by_itself),
+}
+"""In the order in which they are run: some are made from those before them."""

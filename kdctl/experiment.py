@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kdctl import ranks, registry, runs, stats
-from kdctl.build import build_data, build_task
+from kdctl import ranks, registry, runs
+from kdctl.build import build_data
 from kdctl.config.dump import dump_yaml, plain
 from kdctl.config.expand import load_experiment
 from kdctl.config.schema import Experiment
-from kdctl.control import control, with_shared_teachers
+from kdctl.control import BASELINE, CONTROLS, Made, check_controls, with_shared_teachers
 from kdctl.data.prepare import Data
 from kdctl.errors import ConfigError, KdctlError, MissingError
+from kdctl.group import MAIN, role_of, summarize_group
 from kdctl.pipeline import run_stages
 from kdctl.probe import choose
 from kdctl.runs import Run
@@ -34,20 +33,21 @@ class Plan:
     source: str
     """The text of the file that the user wrote."""
     seeds: int = 1
-    with_baseline: bool = False
+    controls: Sequence[str] = ()
+    """Names of control.CONTROLS in their order; with any there is the baseline too."""
     run_dir: Path | None = None
 
     @property
     def agents(self) -> list[str]:
         """The torchruns that were asked for this; each with a hash of it, for a process may train several plans."""
-        asked = dump_yaml(self.experiment) + f"{self.seeds} {self.with_baseline}"
+        asked = dump_yaml(self.experiment) + f"{self.seeds} {list(self.controls)}"
         return [f"{agent} {hashlib.sha256(asked.encode()).hexdigest()[:16]}" for agent in ranks.current().agents]
 
 
 def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     """Trains what the plan names and returns the document of `kdctl train`: a run's summary, or a group's.
 
-    With several seeds or a baseline it writes runs/<name>/groups/<NNN>.json before the first run, so that an
+    With several seeds or controls it writes runs/<name>/groups/<NNN>.json before the first run, so that an
     interrupted group resumes where it stopped. Where torchrun has restarted the processes, what they had begun goes on.
     """
     begun = _begun(plan)
@@ -58,15 +58,14 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     settled = choose.settle(plan.experiment, data, reporter.say)
     experiment = plan.experiment.model_copy(update={"train": settled})
     reporter.say(f"experiment {experiment.name}: the student is that of stage {experiment.student_stage.name}")
-    if plan.seeds == 1 and not plan.with_baseline:
+    if plan.seeds == 1 and not plan.controls:
         run = _create_run(experiment, plan.source, "main", None, plan.run_dir, agents=plan.agents)
         reporter.say(f"run {run}")
         return _run_new(run, experiment, reporter, data)
-    if plan.with_baseline:
-        control(experiment)  # raises before anything is made where there can be no control
+    check_controls(experiment, plan.controls)
     first = experiment.train.seed
-    roles = ["main", "control"] if plan.with_baseline else ["main"]
-    members = [{"role": r, "seed": s, "run": None} for s in range(first, first + plan.seeds) for r in roles]
+    roles = [MAIN, *sorted({BASELINE, *plan.controls}, key=list(CONTROLS).index)] if plan.controls else [MAIN]
+    members = [_new_member(role, seed) for seed in range(first, first + plan.seeds) for role in roles]
     document = {
         "format": runs.FORMAT, "name": experiment.name, "source": plan.source, "agents": plan.agents,
         "members": members,
@@ -76,6 +75,13 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     reporter.say(f"group {group}: {len(members)} runs")
     del data  # each run reads its own
     return _run_group(group, experiment, reporter)
+
+
+def _new_member(role: str, seed: int) -> dict[str, Any]:
+    """A member of a group whose run is not made yet."""
+    if role == MAIN:
+        return {"role": "main", "control": None, "seed": seed, "run": None}
+    return {"role": "control", "control": role, "seed": seed, "run": None}
 
 
 def resume(run: Run, reporter: Reporter, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -115,7 +121,7 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> Experiment:
 def _create_run(
     experiment: Experiment,
     source: str,
-    role: Any,
+    role: str,
     group: str | None,
     run_dir: Path | None = None,
     files: dict[str, Path] | None = None,
@@ -125,7 +131,8 @@ def _create_run(
     local, code = _with_local_code(experiment)
     return runs.create(
         experiment.name, dump_yaml(local), source,
-        stages=[s.name for s in experiment.stages], seed=experiment.train.seed, role=role, group=group,
+        stages=[s.name for s in experiment.stages], seed=experiment.train.seed,
+        role="main" if role == MAIN else "control", control=None if role == MAIN else role, group=group,
         run_dir=run_dir, files=code | (files or {}), agents=agents, root=root,
     )  # fmt: skip
 
@@ -170,12 +177,15 @@ def _run_new(run: Run, experiment: Experiment, reporter: Reporter, data: Data | 
 # ------------------------------------------------------------------------------------------------------------- groups
 
 
-def _member(experiment: Experiment, role: str, seed: int, first: Run | None) -> tuple[Experiment, dict[str, Path]]:
-    """The experiment of one member (its seed, its role, the group's one teacher) and the files its run is given."""
+def _member(experiment: Experiment, role: str, seed: int, made: Made | None) -> tuple[Experiment, dict[str, Path]]:
+    """The experiment of one member (its seed, its role, the group's one teacher) and the files its run is given.
+
+    made: the runs that it may be made from; None for the group's first.
+    """
     member = experiment.model_copy(update={"train": experiment.train.model_copy(update={"seed": seed})})
-    if role == "control":
-        return control(member), {}
-    return (member, {}) if first is None else with_shared_teachers(member, first)
+    if made is None:
+        return member, {}
+    return with_shared_teachers(member, made.first) if role == MAIN else CONTROLS[role].make(member, made)
 
 
 def _run_group(
@@ -184,23 +194,28 @@ def _run_group(
     """Runs every member that is not done, then sums the group up; the group file is rewritten after each step."""
     with runs.locked(group.with_suffix(".lock"), f"group {group}"):
         document, root = runs.read_json(group), group.parent.parent.parent
+        done: dict[int, dict[str, Run]] = {}  # by seed and role
         first: Run | None = None
         for member in document["members"]:
+            role, seed = role_of(member), member["seed"]
+            same_seed = done.setdefault(seed, {})
             if member["run"] is None:
                 run = _made_before(group, member)
                 if run is None:
-                    mine, files = _member(experiment, member["role"], member["seed"], first)
+                    made = None if first is None else Made(first, same_seed)
+                    mine, files = _member(experiment, role, seed, made)
                     run = _create_run(
-                        mine, document["source"], member["role"], f"groups/{group.name}",
+                        mine, document["source"], role, f"groups/{group.name}",
                         files=files, agents=document.get("agents", []), root=root,
                     )  # fmt: skip
                 member["run"] = run.path.name
                 runs.write_json(group, document)
             run = Run(group.parent.parent / member["run"])
             if run.info["status"] != "done":
-                reporter.say(f"{member['role']} run {run}, seed {member['seed']}")
+                reporter.say(f"{role} run {run}, seed {seed}")
                 _run_member(run, group, member, document, reporter, overrides)
-            first = first or (run if member["role"] == "main" else None)
+            same_seed[role] = run
+            first = first or (run if role == MAIN else None)
         document["result"] = summarize_group(document["members"], group, experiment)
         runs.write_json(group, document)
     return document["result"]
@@ -210,7 +225,7 @@ def _made_before(group: Path, member: dict[str, Any]) -> Run | None:
     """The run of a member that was made just before this process's forerunner died."""
     for run in map(Run, sorted(p for p in group.parent.parent.glob("[0-9]*") if runs.is_run(p))):
         info = run.info
-        if (info["group"], info["role"], info["seed"]) == (f"groups/{group.name}", member["role"], member["seed"]):
+        if (info["group"], role_of(info), info["seed"]) == (f"groups/{group.name}", role_of(member), member["seed"]):
             return run
     return None
 
@@ -234,49 +249,3 @@ def _run_member(
                 for path in (group, group.with_suffix(".yaml")):
                     path.unlink()
         raise
-
-
-def summarize_group(members: list[dict[str, Any]], group: Path, experiment: Experiment) -> dict[str, Any]:
-    """Seeds, means, the interval of the paired gain, and the verdict: the document of a group."""
-    task = build_task(experiment)
-    by_role: dict[str, dict[int, Run]] = {"main": {}, "control": {}}
-    for member in members:
-        by_role[member["role"]][member["seed"]] = Run(group.parent.parent / member["run"])
-    seeds = []
-    for seed, run in by_role["main"].items():
-        baseline = by_role["control"].get(seed)
-        row: dict[str, Any] = {"seed": seed, "run": str(run), "student": _measured(run, "student"), "baseline": None}
-        if baseline is not None:
-            row["baseline"] = _measured(baseline, "student") | {"run": str(baseline)}
-            row["baseline"]["agreement"] = _agreement(baseline, run, task)
-        seeds.append(row)
-    lead = runs.read_json(by_role["main"][members[0]["seed"]] / "summary.json")
-    values = [row["student"]["test"][task.primary] for row in seeds]
-    summary: dict[str, Any] = {"metric": task.primary, "student": stats.interval(values).as_dict()}
-    verdict = "no control was run: --with-baseline trains the same student without its teacher"
-    baseline_document = None
-    if by_role["control"]:
-        controls = [row["baseline"]["test"][task.primary] for row in seeds]
-        gain = stats.paired(values, controls)
-        summary |= {"baseline": stats.interval(controls).as_dict(), "gain": gain.as_dict()}
-        verdict = stats.verdict(gain)
-        baseline_document = {"run": seeds[0]["baseline"]["run"], "test": seeds[0]["baseline"]["test"]}
-    made = [runs.read_json(path / "result.json") for run in by_role["main"].values() for path in run.artefacts]
-    whole = {"group": str(group), "seeds": seeds, "summary": summary, "verdict": verdict, "artefacts": made}
-    return lead | {"baseline": baseline_document} | whole
-
-
-def _measured(run: Run, who: str) -> dict[str, Any]:
-    summary = runs.read_json(run / "summary.json")
-    best = summary[who]["best"]
-    split = next(k for k in best if k not in ("epoch", "val"))
-    return {"test": best[split], "last": summary[who]["last"][split], "agreement": summary["agreement"]}
-
-
-def _agreement(baseline: Run, main: Run, task: Any) -> float | None:
-    """How often the control chooses as the teacher does, from the predictions that both runs kept."""
-    teacher = main / "eval" / "test.teacher.npz"
-    if not teacher.exists():
-        return None
-    with np.load(baseline / "eval" / "test.npz") as a, np.load(teacher) as b:
-        return float(task.agreement(a["logits"], b["logits"]))

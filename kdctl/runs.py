@@ -106,7 +106,8 @@ class Run:
 
     @property
     def info(self) -> dict[str, Any]:
-        """run.json: format, name, number, role, group, seed, parent, status, stages, created, command."""
+        """run.json: format, name, number, role, control (which it is), group, seed, parent, status, stages, created,
+        command."""
         path = self / "run.json"
         info = read_json(path)
         if not isinstance(info, dict) or not {"role", "status", "created"} <= set(info):
@@ -193,6 +194,7 @@ def create(
     stages: list[str],
     seed: int,
     role: Literal["main", "control"] = "main",
+    control: str | None = None,
     group: str | None = None,
     parent: str | None = None,
     run_dir: Path | None = None,
@@ -224,8 +226,8 @@ def create(
             shutil.copyfile(file, aside / place)
         write_json(aside / "env.json", environment())
         info: dict[str, Any] = {
-            "format": FORMAT, "name": name, "number": None, "role": role, "group": group, "seed": seed,
-            "parent": parent, "status": "running", "stages": dict.fromkeys(stages, "waiting"),
+            "format": FORMAT, "name": name, "number": None, "role": role, "control": control, "group": group,
+            "seed": seed, "parent": parent, "status": "running", "stages": dict.fromkeys(stages, "waiting"),
             "created": datetime.now(UTC).isoformat(), "command": sys.argv, "agents": list(agents),
         }  # fmt: skip
         path = _take_name(aside, home, run_dir, info)

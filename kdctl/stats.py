@@ -144,10 +144,35 @@ def paired(treatment: Sequence[float], control: Sequence[float]) -> PairedResult
     return PairedResult(of_mean.mean, of_mean.std, of_mean.ci95, of_mean.n, p_value)
 
 
-def _two_sided_p(difference: float, standard_error: float, df: int) -> float:
+def welch(treatment: Sequence[float], control: Sequence[float]) -> PairedResult:
+    """Welch's t-test of mean(treatment) - mean(control), whose values belong to no pairs and may spread differently.
+
+    Degrees of freedom by Welch and Satterthwaite (B. L. Welch, Biometrika 1947). `n` is the number of values of the
+    smaller side, `std` is None: there are no single differences. Where a side has but one value there is neither
+    interval nor p-value. Raises ValueError where a side has none.
+    """
+    difference, n = mean(treatment) - mean(control), min(len(treatment), len(control))
+    if n < 2:
+        return PairedResult(difference, None, None, n, None)
+    first, second = std(treatment) ** 2 / len(treatment), std(control) ** 2 / len(control)
+    error = math.sqrt(first + second)
+    if error == 0:
+        return PairedResult(difference, None, (difference, difference), n, _two_sided_p(difference, error, 1))
+    df = (first + second) ** 2 / (first**2 / (len(treatment) - 1) + second**2 / (len(control) - 1))
+    half_width = t_quantile(0.975, df) * error
+    bounds = (difference - half_width, difference + half_width)
+    return PairedResult(difference, None, bounds, n, _two_sided_p(difference, error, df))
+
+
+def _two_sided_p(difference: float, standard_error: float, df: float) -> float:
     if standard_error == 0:
         return 1.0 if difference == 0 else 0.0
     return min(1.0, 2.0 * t_tail(abs(difference) / standard_error, df))
+
+
+def is_gain(result: Interval) -> bool:
+    """Whether the whole interval lies above zero."""
+    return result.ci95 is not None and result.ci95[0] > 0 and result.ci95[0] != result.ci95[1]
 
 
 def verdict(result: PairedResult, unit: str = "points") -> str:

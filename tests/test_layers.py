@@ -19,12 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent / "kdctl"
 ORDER = [
     ["errors"],
     ["source"],
-    ["registry", "config", "runs", "stats", "watch", "launch"],
+    ["registry", "config", "runs", "stats", "watch", "launch", "loggers"],
     ["report"],
     ["device", "ranks", "sharding", "clock", "taps", "signals", "torchvision_guard"],
     ["quant"],
     ["models", "data", "optim"],
     ["tasks"],
+    ["quality"],
     ["losses"],
     ["teachers"],
     ["methods"],
@@ -38,11 +39,13 @@ ORDER = [
     ["step"],
     ["fit"],
     ["bench"],
+    ["forecast", "analysis"],
     ["export"],
     ["compress"],
     ["artefacts"],
+    ["predict"],
     ["pipeline"],
-    ["extension", "control"],
+    ["extension", "control", "group"],
     ["experiment", "smoke"],
     ["search"],
     ["cli"],
@@ -53,7 +56,7 @@ ORDER = [
 SIBLINGS = [{"models", "data", "optim"}]
 """Rooms that never import each other."""
 
-ABOVE_THE_LINE = ["errors", "source", "registry", "config", "runs", "stats", "watch", "launch", "report"]
+ABOVE_THE_LINE = ["errors", "source", "registry", "config", "runs", "stats", "watch", "launch", "loggers", "report"]
 VERBS_WITHOUT_TORCH = ["init", "list", "explain", "schema", "show", "doctor"]
 SHARED_BY_VERBS = ["app", "console", "templates", "verb"]
 HEAVY = {"torch", "torchvision", "numpy"}

@@ -19,15 +19,20 @@ def train(
     nproc: processes.Nproc = None,
     seeds: Annotated[int, Option("--seeds", min=1, help="repeat with this many seeds, as one group")] = 1,
     with_baseline: Annotated[bool, Option("--with-baseline", help="also train the control: no teacher")] = False,
+    controls: Annotated[str, Option("--controls", help="the baseline and these controls, with commas between")] = "",
     smoke: Annotated[bool, Option("--smoke", help="two steps of each stage on a slice; keeps nothing")] = False,
 ) -> Reply:
-    """Run every stage of an experiment file."""
+    """Run every stage of an experiment file.
+
+    Controls: baseline (no teacher), equal_time (no teacher, as long as the distillation took), label_smoothing,
+    random_teacher and shuffled_labels (placebos: nothing to learn from them), self (the baseline as teacher).
+    """
     processes.check(nproc)
     if smoke and max(nproc or 1, launch.world_size()) > 1:
         raise UsageError("--smoke takes a single process", hint="leave --nproc out")
     if launch.rank() > 0:
         return processes.follow(options)
-    if run_dir and (seeds > 1 or with_baseline):
+    if run_dir and (seeds > 1 or with_baseline or controls):
         raise UsageError("--run-dir names one run, and a group has several", hint="leave --run-dir out")
     from kdctl.config.expand import load_experiment
 
@@ -37,6 +42,7 @@ def train(
     console.say("loading torch ...")
     from kdctl import experiment
     from kdctl.cli.progress import TextReporter
+    from kdctl.control import BASELINE, parse_controls
 
     reporter = TextReporter(options.quiet)
     if smoke:
@@ -44,7 +50,8 @@ def train(
 
         return Reply(run_smoke(loaded.experiment, reporter), show)
     source = Path(config).read_text(encoding="utf-8")
-    plan = experiment.Plan(loaded.experiment, source, seeds, with_baseline, Path(run_dir) if run_dir else None)
+    asked = parse_controls(",".join([BASELINE, controls] if controls or with_baseline else []))
+    plan = experiment.Plan(loaded.experiment, source, seeds, asked, Path(run_dir) if run_dir else None)
     try:
         return processes.lead(lambda: reply(lambda: experiment.train(plan, reporter)))
     except ConfigError as error:
@@ -112,14 +119,17 @@ def _number(value: float | None, digits: int) -> str:
 
 def _show_group(document: dict[str, Any]) -> None:
     summary = document["summary"]
-    metric = summary["metric"]
+    metric, others = summary["metric"], list(summary["controls"])
     rows = []
     for row in document["seeds"]:
         value = row["student"]["test"][metric]
         base = row["baseline"]["test"][metric] if row["baseline"] else None
         gain = None if base is None else f"{value - base:+.2f}"
-        rows.append([str(row["seed"]), f"{value:.2f}", None if base is None else f"{base:.2f}", gain, row["run"]])
-    console.print_table(["seed", f"student {metric}", "control", "gain", "run"], rows)
+        more = [f"{row['controls'][name]['test'][metric]:.2f}" for name in others]
+        rows.append(
+            [str(row["seed"]), f"{value:.2f}", None if base is None else f"{base:.2f}", gain, *more, row["run"]]
+        )
+    console.print_table(["seed", f"student {metric}", "baseline", "gain", *others, "run"], rows)
     for who in ("student", "baseline", "gain"):
         if who in summary:
             console.out(f"{who:<8} {_interval(summary[who])}")
@@ -127,7 +137,10 @@ def _show_group(document: dict[str, Any]) -> None:
     if teacher:
         console.out(f"teacher  {next(v for k, v in teacher.items() if k not in ('kind', 'parameters'))[metric]:.2f}")
     console.out(f"verdict: {document['verdict']}")
+    for statement in document["statements"][1:]:
+        console.out(statement)
     console.out(f"group {document['group']}")
+    console.out(f"next: kdctl report {document['group']}")
 
 
 def _interval(value: dict[str, Any]) -> str:

@@ -65,6 +65,7 @@ OptimizerSpec = Annotated[Component, Group("optimizers")]
 ScheduleSpec = Annotated[Component, Group("schedules")]
 AugmentSpec = Annotated[Component, Group("augment")]
 SourceSpec = Annotated[Component, Group("data")]
+LoggerSpec = Annotated[Component, Group("loggers")]
 
 
 # ----------------------------------------------------------------------------------------------------- task and data
@@ -148,6 +149,9 @@ class TeacherSpec(ModelSpec):
     name: str | None = None
     train: TeacherTraining | None = None
     control: bool = Field(False, description="declared a control (for example a random teacher): chance is no error")
+    shuffled: bool = Field(
+        False, description="a placebo: each sample is taught what the teacher says of another one of its batch"
+    )
     classes: Literal["by_name"] | Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
         description="a teacher whose classes stand in another order or are others: matched by name, or named here in "
@@ -312,6 +316,7 @@ class _Common(Section):
     data: DataSpec
     student: ModelSpec
     teacher_cache: TeacherCache | None = Field(None, description="store what the teachers say instead of asking again")
+    loggers: list[LoggerSpec] = Field([], description="where else a run is logged: `kdctl list loggers`")
 
 
 class ExperimentFile(_Common):

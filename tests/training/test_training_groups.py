@@ -86,7 +86,10 @@ def test_a_group_on_the_command_line_has_its_document(folder: Path, capsys: pyte
     code = app.run(["train", "staged.yaml", "--seeds", "2", "--with-baseline", "--json"])
     document = json.loads(capsys.readouterr().out)
     assert code == 0 and document["ok"]
-    assert set(document["summary"]) == {"metric", "student", "baseline", "gain"} and document["verdict"]
+    assert (
+        set(document["summary"]) == {"metric", "student", "baseline", "gain", "metrics", "controls"}
+        and document["verdict"]
+    )
     assert len(document["seeds"]) == 2 and document["artefacts"] == []
     assert app.run(["resume", document["seeds"][0]["run"]]) == 0
     assert "verdict: " in capsys.readouterr().out
@@ -266,11 +269,11 @@ def test_a_random_control_teacher_is_the_same_net_whenever_it_is_measured(
 def test_a_moved_tree_of_runs_goes_on_where_it_is(folder: Path, experiment: Callable[..., Experiment]) -> None:
     class Dies(Reporter):
         def say(self, text: str) -> None:
-            if text.startswith("control run"):
+            if text.startswith("baseline run"):
                 raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        train(Plan(experiment(), "", seeds=2, with_baseline=True), Dies())
+        train(Plan(experiment(), "", seeds=2, controls=("baseline",)), Dies())
     shutil.move(folder / "runs", folder / "moved")
     result = resume(runs.find("latest", folder / "moved"), Reporter())
     assert len(result["seeds"]) == 2 and "gain" in result["summary"]

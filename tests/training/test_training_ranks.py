@@ -110,7 +110,7 @@ with ranks.joined() as everyone:
             experiment = load_experiment(Path("small.yaml"), [*overrides, f"name={name}"]).experiment
             train(Plan(experiment, ""), Reporter())
         experiment = load_experiment(Path("small.yaml"), ["name=group"]).experiment
-        train(Plan(experiment, "", seeds=2, with_baseline=True), Reporter())
+        train(Plan(experiment, "", seeds=2, controls=("baseline",)), Reporter())
         everyone.told(None)
     else:
         pipeline.follow()
@@ -245,7 +245,7 @@ def test_the_first_process_says_what_went_wrong_in_another(what: str, code: int,
 
 def test_a_group_is_the_same_in_two_processes(folder: Path) -> None:
     two = runs.read_json(folder / "runs" / "group" / "groups" / "001.json")["result"]
-    run_one(folder, "group", seeds=2, with_baseline=True)
+    run_one(folder, "group", seeds=2, controls=("baseline",))
     one = runs.read_json(folder / "runs" / "group" / "groups" / "002.json")["result"]
     assert len(two["seeds"]) == 2
     for a, b in zip(one["seeds"], two["seeds"], strict=True):

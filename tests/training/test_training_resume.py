@@ -107,9 +107,9 @@ def test_a_done_run_is_not_resumed(run_it: Callable[..., Any]) -> None:
 def test_a_group_resumes_with_what_is_left(
     folder: Path, experiment: Callable[..., Experiment], run_it: Callable[..., Any]
 ) -> None:
-    _, whole = run_it("name=whole", seeds=2, with_baseline=True)
+    _, whole = run_it("name=whole", seeds=2, controls=("baseline",))
     with pytest.raises(Crash):
-        train(Plan(experiment(), "", seeds=2, with_baseline=True), CrashAt(step=20))
+        train(Plan(experiment(), "", seeds=2, controls=("baseline",)), CrashAt(step=20))
     group = resume(runs.find("small/001", folder / "runs"), Reporter())
     assert len(group["seeds"]) == 2
     assert [row["student"]["test"] for row in group["seeds"]] == [row["student"]["test"] for row in whole["seeds"]]

@@ -15,9 +15,10 @@ import torch
 from kdctl import build, runs
 from kdctl.clock import Clock
 from kdctl.config.schema import Experiment
+from kdctl.control import control
 from kdctl.errors import ConfigError, DivergedError, MissingError
 from kdctl.evaluate import evaluate_config, evaluate_run
-from kdctl.experiment import Plan, control, train
+from kdctl.experiment import Plan, train
 from kdctl.models.record import load_model
 from kdctl.step import Step
 from kdctl.watch import Reporter
@@ -200,7 +201,7 @@ def test_without_a_supervised_term_there_is_no_control(experiment: Callable[...,
 
 
 def test_a_group_trains_its_teacher_once_and_pairs_its_seeds(run_it: Callable[..., Any]) -> None:
-    _, group = run_it(seeds=2, with_baseline=True)
+    _, group = run_it(seeds=2, controls=("baseline",))
     assert [row["seed"] for row in group["seeds"]] == [0, 1]
     first, second = (runs.Run(Path(row["run"])) for row in group["seeds"])
     assert "teacher" in first.info["stages"] and "teacher" not in second.info["stages"]

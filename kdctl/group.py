@@ -1,0 +1,160 @@
+"""What the runs of a group say together: means, paired differences with their intervals, and statements that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdctl import runs, stats
+from kdctl.build import build_task
+from kdctl.config.schema import Experiment
+from kdctl.control import BASELINE, CONTROLS
+from kdctl.runs import Run
+from kdctl.tasks.base import Task
+
+MAIN = "main"
+Members = Mapping[str, Mapping[int, Run]]
+"""The finished runs by role, `main` or a control's name, and by seed."""
+
+
+def role_of(member: Mapping[str, Any]) -> str:
+    """`main`, or the name of the control that a member of a group is."""
+    return MAIN if member["role"] == MAIN else member.get("control") or BASELINE
+
+
+def summarize_group(members: Sequence[Mapping[str, Any]], group: Path, experiment: Experiment) -> dict[str, Any]:
+    """Seeds, means, the intervals of the paired differences, and what follows: the document of a group."""
+    task = build_task(experiment)
+    by_role: dict[str, dict[int, Run]] = {}
+    for member in members:
+        run = Run(group.parent.parent / member["run"])
+        by_role.setdefault(role_of(member), {})[member["seed"]] = run
+    seeds = [_seed(seed, by_role, task) for seed in by_role[MAIN]]
+    lead = runs.read_json(next(iter(by_role[MAIN].values())) / "summary.json")
+    summary = _summary(seeds, by_role, task.primary)
+    statements = state(summary)
+    made = [runs.read_json(path / "result.json") for run in by_role[MAIN].values() for path in run.artefacts]
+    first = seeds[0]["baseline"]
+    return lead | {
+        "baseline": None if first is None else {"run": first["run"], "test": first["test"]},
+        "group": str(group),
+        "seeds": seeds,
+        "summary": summary,
+        "verdict": statements[0],
+        "statements": statements,
+        "artefacts": made,
+    }
+
+
+def _seed(seed: int, by_role: Members, task: Task) -> dict[str, Any]:
+    """What the runs of one seed measured."""
+    main = by_role[MAIN][seed]
+    controls = {role: found[seed] for role, found in by_role.items() if role != MAIN and seed in found}
+    measured = {
+        role: _measured(run) | {"run": str(run), "agreement": _agreement(run, main, task)}
+        for role, run in controls.items()
+    }
+    baseline = measured.pop(BASELINE, None)
+    return {
+        "seed": seed, "run": str(main), "student": _measured(main), "baseline": baseline, "controls": measured,
+    }  # fmt: skip
+
+
+def _measured(run: Run) -> dict[str, Any]:
+    summary = runs.read_json(run / "summary.json")
+    best, last = summary["student"]["best"], summary["student"]["last"]
+    split = next(k for k in best if k not in ("epoch", "val"))
+    return {
+        "test": best[split], "last": last[split], "agreement": summary["agreement"], "epochs": summary["epochs"],
+        "seconds": summary["seconds"],
+    }  # fmt: skip
+
+
+def _agreement(control: Run, main: Run, task: Task) -> float | None:
+    """How often a control chooses as the group's teacher does, from the predictions that both runs kept."""
+    said = [run / "eval" / name for run, name in ((control, "test.npz"), (main, "test.teacher.npz"))]
+    if not all(path.exists() for path in said):
+        return None
+    with np.load(said[0]) as own, np.load(said[1]) as teacher:
+        return float(task.agreement(own["logits"], teacher["logits"]))
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+
+def _summary(seeds: Sequence[dict[str, Any]], by_role: Members, primary: str) -> dict[str, Any]:
+    """The primary metric of student, baseline and every other control; then each metric with its gain."""
+    students = [row["student"]["test"] for row in seeds]
+    baselines = [row["baseline"]["test"] for row in seeds] if BASELINE in by_role else None
+    metrics: dict[str, dict[str, Any]] = {
+        name: _against([s[name] for s in students], None if baselines is None else [b[name] for b in baselines])
+        for name in students[0]
+    }
+    summary: dict[str, Any] = {"metric": primary, "student": metrics[primary]["student"]}
+    if baselines is not None:
+        summary |= {name: metrics[primary][name] for name in ("baseline", "gain")}
+    summary["metrics"] = metrics
+    summary["controls"] = {role: _control(role, seeds, primary) for role in by_role if role not in (MAIN, BASELINE)}
+    return summary
+
+
+def _against(student: Sequence[float | None], baseline: Sequence[float | None] | None) -> dict[str, Any]:
+    """Intervals of one metric; nothing where a run has no number."""
+    known = [value for value in student if value is not None]
+    complete = len(known) == len(student)
+    result: dict[str, Any] = {"student": stats.interval(known).as_dict() if complete else None}
+    others = [value for value in baseline or [] if value is not None]
+    both = complete and len(others) == len(known)
+    result["baseline"] = stats.interval(others).as_dict() if both else None
+    result["gain"] = stats.paired(known, others).as_dict() if both else None
+    return result
+
+
+def _control(role: str, seeds: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """A control beside the student and the baseline, by the task's metric."""
+    values = [row["controls"][role]["test"][metric] for row in seeds]
+    gain = stats.paired([row["student"]["test"][metric] for row in seeds], values)
+    against = stats.paired(values, [row["baseline"]["test"][metric] for row in seeds])
+    return {
+        "what": CONTROLS[role].what,
+        "placebo": CONTROLS[role].placebo,
+        "values": stats.interval(values).as_dict(),
+        "gain": gain.as_dict(),
+        "against_baseline": against.as_dict(),
+        "verdict": stats.verdict(gain),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- statements
+
+
+def state(summary: Mapping[str, Any]) -> list[str]:
+    """What the numbers of a group say, in sentences; the first is the claim, which the others can only weaken.
+
+    A gain over the baseline counts as the teacher's only where every placebo lacks it: a placebo that gains as well, or
+    that the student does not beat, is named in the claim itself.
+    """
+    if "gain" not in summary:
+        return ["no control was run: --with-baseline trains the same student without its teacher"]
+    gain = _result(summary["gain"])
+    claim, others = stats.verdict(gain), []
+    doubts = []
+    for role, control in summary["controls"].items():
+        over, against = _result(control["gain"]), _result(control["against_baseline"])
+        if control["placebo"]:
+            others.append(f"placebo {role} against the baseline: {stats.verdict(against)}")
+            doubts += [role] if stats.is_gain(against) else []
+        others.append(f"against {role}: {stats.verdict(over)}")
+        doubts += [role] if stats.is_gain(gain) and not stats.is_gain(over) else []
+    if stats.is_gain(gain) and doubts:
+        claim += f"; but it is not shown to come from the teacher: see {', '.join(dict.fromkeys(doubts))}"
+    return [claim, *others]
+
+
+def _result(document: Mapping[str, Any]) -> stats.PairedResult:
+    low_high = document["ci95"]
+    ci95 = None if low_high is None else (low_high[0], low_high[1])
+    return stats.PairedResult(document["mean"], document["std"], ci95, document["n"], document["p_value"])
