@@ -35,6 +35,7 @@ ORDER = [
     ["cache"],
     ["checkpoint"],
     ["evaluate"],
+    ["provenance"],
     ["shares"],
     ["step"],
     ["fit"],

@@ -6,6 +6,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 from scipy import special
 from scipy import stats as reference
@@ -64,6 +65,21 @@ def test_interval_covers_the_truth_in_95_of_100_experiments():
         p_below += shifted.p_value < 0.05
     assert 930 <= covered <= 970
     assert 30 <= p_below <= 70
+
+
+@pytest.mark.parametrize(("seeds", "truth"), [(3, 0.0), (5, 2.0), (10, 0.0)])
+def test_intervals_of_accuracies_cover_the_truth_and_rarely_claim_what_is_not(seeds, truth):
+    """Accuracies are coarse, bounded and share their seed's luck; 1,000 experiments on 500 test samples each."""
+    rng = np.random.default_rng(seeds)
+    covered, claimed = 0, 0
+    for _ in range(1000):
+        luck = rng.normal(0.80, 0.02, seeds)
+        control, treatment = (100 * rng.binomial(500, p) / 500 for p in (luck, luck + truth / 100))
+        result = stats.paired(treatment.tolist(), control.tolist())
+        covered += result.ci95[0] <= truth <= result.ci95[1]
+        claimed += stats.is_gain(result)
+    assert 930 <= covered <= 970
+    assert truth > 0 or claimed <= 40  # 25 are expected of an interval of 95 % on each side
 
 
 def test_pairing_removes_what_seeds_share():
@@ -132,3 +148,24 @@ def test_verdict_names_the_unit():
 def test_undefined_values_are_refused(call):
     with pytest.raises(ValueError):
         call()
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 5), (20, 4)])
+def test_welch_against_scipy(n, m):
+    rng = random.Random(n + m)
+    treatment, control = [rng.gauss(91, 0.4) for _ in range(n)], [rng.gauss(90, 2) for _ in range(m)]
+    expected = reference.ttest_ind(treatment, control, equal_var=False)
+    bounds = expected.confidence_interval(0.95)
+    result = stats.welch(treatment, control)
+    assert result.mean == pytest.approx(sum(treatment) / n - sum(control) / m)
+    assert result.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+    assert result.ci95 == pytest.approx((bounds.low, bounds.high), rel=1e-9)
+    assert (result.n, result.std) == (min(n, m), None)
+
+
+def test_welch_at_its_limits():
+    assert stats.welch([3.0], [1.0, 2.0]) == stats.PairedResult(1.5, None, None, 1, None)
+    assert stats.welch([2.0, 2.0], [1.0, 1.0]) == stats.PairedResult(1.0, None, (1.0, 1.0), 2, 0.0)
+    assert stats.welch([2.0, 2.0], [2.0, 2.0]).p_value == 1.0
+    with pytest.raises(ValueError):
+        stats.welch([], [1.0])

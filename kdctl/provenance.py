@@ -1,0 +1,51 @@
+"""What a run's numbers come from: the hashes of its configuration, data, teachers and student, and the command."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from typing import Any
+
+from kdctl import runs
+from kdctl.config.schema import Experiment
+from kdctl.data.prepare import Data
+from kdctl.errors import MissingError
+from kdctl.evaluate import load_teachers
+from kdctl.models.record import load_model
+from kdctl.runs import Run
+from kdctl.teachers.key import weights_hash
+
+FILE = "provenance.json"
+
+
+def write_provenance(run: Run, experiment: Experiment, data: Data) -> None:
+    """Writes provenance.json of a finished run.
+
+    Hashes are SHA-256: of config.yaml, of images, labels and splits (`Data.fingerprint`), and of the names, shapes and
+    values of each model's weights, which are the same whatever file they came in. A teacher that is not there any more
+    has none.
+    """
+    splits = {name: getattr(data, name) for name in ("train", "val", "test")}
+    student = load_model(run / "student")
+    document = {
+        "command": run.info["command"],
+        "config_sha256": hashlib.sha256(run.config.read_bytes()).hexdigest(),
+        "data": {
+            "kind": experiment.data.kind,
+            "fingerprint": data.fingerprint(),
+            "samples": {name: len(split) for name, split in splits.items() if split is not None},
+        },
+        "teachers": _teachers(run, experiment, data),
+        "student": {"kind": student.record.kind, "sha256": weights_hash(student.net)},
+    }
+    runs.write_json(run / FILE, document)
+
+
+def _teachers(run: Run, experiment: Experiment, data: Data) -> list[dict[str, Any]]:
+    specs = experiment.student_stage.teachers
+    hashes: list[str | None] = [None] * len(specs)
+    if specs:
+        with contextlib.suppress(MissingError):
+            hashes = [weights_hash(model.net) for model in load_teachers(run, experiment, data)]
+    named = zip(specs, hashes, strict=True)
+    return [{"kind": s.kind, "weights": s.weights or s.stage, "sha256": own} for s, own in named]
