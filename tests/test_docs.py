@@ -1,9 +1,10 @@
 """README.md and CONTRIBUTING.md are true: what they tell a user to type is typed, in order, in an empty directory.
 
-In a ```console block a line `$ command` is run, the lines below it must be printed in that order (numbers may differ,
-`...` stands for any lines), `$ echo $?` shows the exit code, and `^C` means that the command is stopped after its first
-epoch. Commands on files of configs/ want data that may not be here: they are parsed and checked, not run. Blocks of
-```yaml and ```python that begin with a file's name are the files that the commands read.
+In a ```console block a line `$ command` is run (`kdctl ...`, or `python FILE` of a file that the document shows), the
+lines below it must be printed in that order (numbers may differ, `...` stands for any lines), `$ echo $?` shows the
+exit code, and `^C` means that the command is stopped after its first epoch. Commands on files of configs/ want data
+that may not be here: they are parsed and checked, not run. Blocks of ```yaml and ```python that begin with a file's
+name are the files that the commands read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -32,7 +34,9 @@ from kdctl.config.expand import load_experiment
 from kdctl.errors import Interrupted, KdctlError
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ["README.md", "CONTRIBUTING.md", "docs/compression.md"]
+PAGES = ["data", "losses", "teachers", "own_model", "own_loss", "distributed"]
+"""Pages of docs/ whose commands are all run as they stand."""
+DOCS = ["README.md", "CONTRIBUTING.md", "docs/compression.md", *(f"docs/{page}.md" for page in PAGES)]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d+(,\d{3})*(\.\d+)?")
 
@@ -64,8 +68,9 @@ def files_of(document: str) -> dict[str, str]:
 
 @dataclass
 class Command:
-    """One `$ kdctl ...` of a block, and what the block shows of it."""
+    """One `$ kdctl ...` of a block, or `$ python FILE`, and what the block shows of it."""
 
+    program: str
     words: list[str]
     shown: list[str] = field(default_factory=list)
     code: int = 0
@@ -83,8 +88,8 @@ def commands_of(document: str) -> list[Command]:
                 found[-1].interrupted, found[-1].code = True, 130
             elif line.startswith("$ "):
                 program, *words = shlex.split(line[2:], comments=True)
-                assert program == "kdctl", f"{document}: a console block runs {program}"
-                found.append(Command(words))
+                assert program in ("kdctl", "python"), f"{document}: a console block runs {program}"
+                found.append(Command(program, words))
             else:
                 found[-1].shown.append(line)
     return found
@@ -113,6 +118,14 @@ def in_several(words: list[str]) -> tuple[int, str]:
         [sys.executable, "-m", "kdctl", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     return done.returncode, done.stdout
+
+
+def as_script(words: list[str]) -> tuple[int, str]:
+    """The same of a Python file of the working directory, in this process."""
+    seen = io.StringIO()
+    with contextlib.redirect_stdout(seen):
+        runpy.run_path(words[0], run_name="__main__")
+    return 0, seen.getvalue()
 
 
 def stopped(words: list[str]) -> tuple[int, str]:
@@ -148,13 +161,14 @@ def first_unprinted(shown: list[str], printed: str) -> str | None:
 def follow(document: str) -> None:
     """Types the document's commands in the working directory."""
     for command in commands_of(document):
-        line = shlex.join(["kdctl", *command.words])
+        line = shlex.join([command.program, *command.words])
         if any(word.startswith("configs/") for word in command.words):
             parse(command.words)
             path, *overrides = [w for w in command.words[1:] if not w.startswith("-")]
             load_experiment(ROOT / path, [o for o in overrides if "=" in o], require_files=False)
             continue
         way = stopped if command.interrupted else in_several if "--nproc" in command.words else in_process
+        way = as_script if command.program == "python" else way
         code, printed = way(command.words)
         assert code == command.code, f"`{line}` ended with {code}:\n{printed}"
         absent = first_unprinted(command.shown, printed)
@@ -184,6 +198,21 @@ def test_compression(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, body in files_of("docs/compression.md").items():
         (here / name).write_text(body)
     follow("docs/compression.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page(page: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(here)  # as `python FILE` has it
+    files = files_of(f"docs/{page}.md")
+    for name, body in files.items():
+        (here / name).write_text(body)
+    own = {Path(name).stem for name in files if name.endswith(".py")}
+    assert not own & set(sys.modules), "a file of the page would hide a module that is loaded"
+    try:
+        follow(f"docs/{page}.md")
+    finally:
+        for name in own:
+            sys.modules.pop(name, None)
 
 
 def test_contributing(here: Path) -> None:

@@ -421,7 +421,7 @@ def test_every_preset_trains_and_ships_what_was_validated(preset: str, experimen
     assert not any("generator" in name or "teacher" in name for name in student.state_dict())
 
 
-@pytest.mark.parametrize("preset", ["dfq", "deep_inversion", "cmi", "fast"])
+@pytest.mark.parametrize("preset", ["dfq", "deep_inversion", pytest.param("cmi", marks=pytest.mark.slow), "fast"])
 def test_an_interrupted_training_goes_on_bit_identically(preset: str, experiment: Any) -> None:
     class Crash(Exception):
         pass

@@ -32,7 +32,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--quantize", "int8"], ["--low-rank", "0.5"], ["--prune", "0.3", "--finetune", "1"]]
+    "arguments",
+    [
+        ["--quantize", "int8"],
+        pytest.param(["--low-rank", "0.5"], marks=pytest.mark.slow),
+        pytest.param(["--prune", "0.3", "--finetune", "1"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_full_disk_leaves_the_run_as_it_was(
     run_it: Callable[..., Any], small_disk: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]

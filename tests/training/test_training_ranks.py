@@ -213,6 +213,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(folder: Path) -> N
     assert [line["loss"] for line in lines(run)] == pytest.approx([line["loss"] for line in lines(calm)], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_into_the_same_run(folder: Path) -> None:
     arguments = ["-m", "kdctl", "train", "small.yaml", "name=restarted", dying(1, "SIGKILL")]
     ended = torchrun(folder, *arguments, done="restarted", restarts=1)

@@ -220,6 +220,7 @@ def test_the_shipped_student_evaluates_as_it_was_validated(folder: Path) -> None
     assert measured["metrics"] == pytest.approx(best["val"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_end(folder: Path) -> None:
     ended = run_two(folder, {"killed": [*KILLED, dying("SIGKILL", 15), "train.sharding=fsdp"]})
     assert ended.returncode != 0 and not (load(folder, "killed") / "student.safetensors").exists()
