@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,10 +24,13 @@ from kdctl.data.prepare import Data
 from kdctl.errors import MissingError, Problem
 from kdctl.models.fold import folded
 from kdctl.models.record import Model, load_model
+from kdctl.quality import describe as quality
+from kdctl.quality.classes import confused
 from kdctl.ranks import Ranks
 from kdctl.runs import Run
 from kdctl.signals import find_logits
 from kdctl.tasks.base import Task
+from kdctl.tasks.classification import Classification
 from kdctl.teachers.base import Teacher
 
 Floats = NDArray[np.float32]
@@ -167,8 +170,9 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measures a run's student and its teacher on the same samples, both loaded from disk, in fp32.
 
-    Writes eval/<split>.json and the predictions beside it for the shipped weights (`best`); `last` only returns.
-    Raises MissingError when the split or the student's weights are not there.
+    Writes eval/<split>.json and the predictions beside it for the shipped weights (`best`); `last` only returns. For
+    the shipped weights both are asked about the validation split too, on which their temperature is fitted. Raises
+    MissingError when the split or the student's weights are not there.
     """
     data = data or build.build_data(experiment)
     samples = data.split(split)
@@ -176,12 +180,19 @@ def evaluate_run(
     size = experiment.data.eval_batch_size
     student = load_student(run, experiment, checkpoint)
     build.check_fits(student.record, data, "student")
-    predictions = predict(TorchPredictor(quick(student), device), samples, size)
-    document = describe(predictions, task, data) | {"split": split, "checkpoint": checkpoint}
-    teacher, notes = predict_teacher(run, experiment, data, split, device) if with_teacher else (None, [])
-    document["teacher"] = None if teacher is None else metrics(teacher, task)
-    document["agreement"] = None if teacher is None else float(task.agreement(predictions.logits, teacher.logits))
-    document["notes"] = notes
+    predictor = TorchPredictor(quick(student), device)
+    predictions = predict(predictor, samples, size)
+    fitted = checkpoint == "best" and split != "val" and data.val is not None and isinstance(task, Classification)
+    splits = [split, "val"] if fitted else [split]
+    val = predict(predictor, data.split("val"), size) if fitted else None
+    document = describe(predictions, task, data, val) | {"split": split, "checkpoint": checkpoint}
+    said, notes = ask_teachers(run, experiment, data, splits, device) if with_teacher else (None, [])
+    teacher = None if said is None else said[split]
+    document |= {"teacher": None, "agreement": None, "notes": notes}
+    if said is not None and teacher is not None:
+        document["teacher"] = metrics(teacher, task)
+        document["agreement"] = float(task.agreement(predictions.logits, teacher.logits))
+        _compare(document, predictions, teacher, task, data, said.get("val") if fitted else None)
     if checkpoint == "best":
         (run / "eval").mkdir(exist_ok=True)
         predictions.save(run / "eval" / f"{split}.npz")
@@ -212,11 +223,41 @@ def quick(model: Model) -> Model:
     return Model(net, model.record, model.base).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def describe(predictions: Predictions, task: Task, data: Data) -> dict[str, Any]:
-    """Samples, metrics and the metric of each class."""
+def describe(predictions: Predictions, task: Task, data: Data, val: Predictions | None = None) -> dict[str, Any]:
+    """Samples, metrics, the metric of each class and, of a classifier, how good its probabilities are and what it
+    takes for what. val: its predictions on the validation split, which the temperature is fitted on."""
     rows = task.per_class(predictions.logits, predictions.targets)
     rows = [{"name": name} | row for name, row in zip(data.class_names, rows, strict=True)]
-    return {"samples": int((predictions.targets >= 0).sum()), "metrics": metrics(predictions, task), "per_class": rows}
+    samples = int((predictions.targets >= 0).sum())
+    document: dict[str, Any] = {"samples": samples, "metrics": metrics(predictions, task), "per_class": rows}
+    document |= {"quality": {"student": None, "teacher": None}, "fidelity": None, "confusion": None, "confused": []}
+    if isinstance(task, Classification):
+        document["quality"]["student"] = _quality(predictions, data, val)
+        document["confusion"] = quality.describe_confusion(predictions.logits, None, predictions.targets)
+        document["confused"] = confused(predictions.logits, predictions.targets, data.class_names)
+    return document
+
+
+def _compare(
+    document: dict[str, Any],
+    student: Predictions,
+    teacher: Predictions,
+    task: Task,
+    data: Data,
+    val: Predictions | None,
+) -> None:
+    """Adds what a classifier's teacher says to the document of its student, and what the two share."""
+    if not isinstance(task, Classification):
+        return
+    said = (student.logits, teacher.logits, student.targets)
+    document["quality"]["teacher"] = _quality(teacher, data, val)
+    document["fidelity"] = quality.describe_fidelity(*said)
+    document["confusion"] = quality.describe_confusion(*said)
+
+
+def _quality(predictions: Predictions, data: Data, val: Predictions | None) -> dict[str, Any]:
+    fitted = None if val is None else (val.logits, val.targets)
+    return quality.describe((predictions.logits, predictions.targets), data.class_names, data.class_counts(), fitted)
 
 
 def load_student(run: Run, experiment: Experiment, checkpoint: str = "best") -> Model:
@@ -237,7 +278,15 @@ def load_teachers(run: Run, experiment: Experiment, data: Data) -> list[Model]:
 def predict_teacher(
     run: Run, experiment: Experiment, data: Data, split: str, device: str = "cpu"
 ) -> tuple[Predictions | None, list[str]]:
-    """What the last stage's teacher says of a split, in fp32; the mean of the logits of several.
+    """What the last stage's teacher says of a split, as `ask_teachers` has it."""
+    said, notes = ask_teachers(run, experiment, data, [split], device)
+    return None if said is None else said[split], notes
+
+
+def ask_teachers(
+    run: Run, experiment: Experiment, data: Data, splits: Sequence[str], device: str = "cpu"
+) -> tuple[dict[str, Predictions] | None, list[str]]:
+    """What the last stage's teacher says of each of some splits, in fp32; the mean of the logits of several.
 
     With a `teacher_cache` it is asked once for all runs. Gives a note instead where the teacher is not there.
     """
@@ -248,6 +297,10 @@ def predict_teacher(
         teachers = load_teachers(run, experiment, data)
     except MissingError as error:
         return None, [f"the teacher was not measured: {error}"]
+    return {name: _mean_logits(teachers, experiment, data, name, device) for name in splits}, []
+
+
+def _mean_logits(teachers: Sequence[Model], experiment: Experiment, data: Data, split: str, device: str) -> Predictions:
     stage, size = experiment.student_stage, experiment.data.eval_batch_size
     samples = data.split(split)
     said: list[Floats] = []
@@ -259,4 +312,4 @@ def predict_teacher(
         kept = experiment.teacher_cache is not None and device == "cpu"
         said.append(clean_logits(experiment, stage, number, model, data, split, measure) if kept else measure())
     mean = said[0] if len(said) == 1 else np.mean(np.stack(said), axis=0, dtype=np.float32)
-    return Predictions(np.asarray(mean), samples.targets.numpy(), samples.index.numpy()), []
+    return Predictions(np.asarray(mean), samples.targets.numpy(), samples.index.numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from kdctl import runs
 from kdctl.cli import console
 from kdctl.cli.verb import Argument, Option, Options, Reply
-from kdctl.errors import MissingError, UsageError
+from kdctl.errors import ConfigError, MissingError, UsageError
 
 if TYPE_CHECKING:
     from kdctl.bench.latency import Cell
@@ -28,12 +29,13 @@ def bench(
 ) -> Reply:
     """Measure latency, throughput and memory of runs and artefacts, in turns, each in a fresh process."""
     batches, counts = _numbers(batch, "--batch"), _numbers(threads, "--threads")
-    things = [thing for text in what or ["latest"] for thing in _things(text)]
-    things = list({thing.path: thing for thing in things}.values())
-    from kdctl.bench.latency import measure
+    with tempfile.TemporaryDirectory() as folder:
+        things = [thing for text in what or ["latest"] for thing in _things(text, Path(folder))]
+        things = list({(thing.run.path.resolve(), thing.path): thing for thing in things}.values())
+        from kdctl.bench.latency import measure
 
-    cells = [(thing, thing.cell(size, count)) for thing in things for size in batches for count in counts]
-    measured = measure([cell for _, cell in cells], seconds=seconds, progress=console.say)
+        cells = [(thing, thing.cell(size, count)) for thing in things for size in batches for count in counts]
+        measured = measure([cell for _, cell in cells], seconds=seconds, progress=console.say)
     rows: dict[Path, list[dict[str, Any]]] = {}
     for (thing, _), row in zip(cells, measured, strict=True):
         rows.setdefault(thing.run.path.resolve(), []).append(row.as_dict() | thing.cost | {"path": str(thing)})
@@ -75,17 +77,19 @@ def _numbers(text: str, option: str) -> list[int]:
 
 @dataclass(frozen=True)
 class _Thing:
-    """A model or file that is measured. path: the file, or the stem of a model. cost: bytes, parameters and macs."""
+    """A model or file that is measured. path: the file, or the stem of a model. cost: bytes, parameters and macs.
+    named: what the user calls it, where that is not its path."""
 
     what: str
     run: runs.Run
     target: str
     path: Path
     cost: dict[str, int]
+    named: str | None = None
 
     def __str__(self) -> str:
         """Its path as the user would type it."""
-        return str(runs.Run(self.path))
+        return self.named or str(runs.Run(self.path))
 
     def cell(self, batch: int, threads: int) -> Cell:
         from kdctl.bench.latency import Cell
@@ -97,31 +101,47 @@ class _Thing:
         return Cell(self.what, opener, {"path": str(self.path)}, batch, threads, python)
 
 
-def _things(text: str) -> list[_Thing]:
-    """What a word of the command line stands for: an artefact, or a run's student and all its artefacts."""
+def _things(text: str, folder: Path) -> list[_Thing]:
+    """What a word of the command line stands for: an artefact, or a run's student, teachers and all its artefacts.
+
+    folder: where a teacher is saved whose weights are not kdctl's own.
+    """
     path = Path(text)
     if (path / "manifest.json").is_file():
         return [_artefact(path)]
     run = runs.find(text)
     if not (run / "student.safetensors").is_file():
         raise MissingError(f"{run} has no finished student yet", hint=f"`kdctl resume {run}` continues it")
-    return [_student(run), *map(_artefact, run.artefacts)]
+    return [_student(run), *_teachers(run, folder), *map(_artefact, run.artefacts)]
 
 
 def _student(run: runs.Run) -> _Thing:
     console.say("loading torch ...")
-    from kdctl.bench import cost
-    from kdctl.models.record import load_model
+    from kdctl.analysis.cost import known_costs
 
     stem = (run / "student").resolve()
-    model = load_model(stem)
-    channels, height, width = model.record.image_shape
-    known = {
-        "bytes": cost.file_bytes(stem.with_name(stem.name + ".safetensors")),
-        "parameters": cost.parameters(model.net),
-        "macs": cost.macs(model, (channels, height, width)),
-    }
-    return _Thing("student", run, TORCH, stem, known)
+    return _Thing("student", run, TORCH, stem, known_costs(stem))
+
+
+def _teachers(run: runs.Run, folder: Path) -> list[_Thing]:
+    """Those of the student; none, and a line that says why, where they cannot be loaded."""
+    from kdctl.analysis.cost import known_costs
+    from kdctl.analysis.teachers import saved_teachers
+    from kdctl.build import build_data
+    from kdctl.experiment import load_run
+
+    try:
+        experiment = load_run(run)
+        own = Path(tempfile.mkdtemp(dir=folder))
+        found = saved_teachers(run, experiment, own, lambda: build_data(experiment))
+        return [
+            _Thing("teacher" if len(found) == 1 else f"teacher {number}", run, TORCH, it.stem, known_costs(it.stem),
+                   it.named if own in it.stem.parents else None)
+            for number, it in enumerate(found, 1)
+        ]  # fmt: skip
+    except (ConfigError, MissingError) as error:
+        console.say(f"the teacher of {run} is not measured: {error}")
+        return []
 
 
 def _artefact(folder: Path) -> _Thing:

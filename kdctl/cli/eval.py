@@ -10,6 +10,9 @@ from kdctl.cli import console
 from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
 from kdctl.errors import UsageError
 
+_QUALITY = {"brier": "Brier", "adaptive_ece": "adaptive ece", "balanced_accuracy": "balanced", "macro_f1": "macro F1"}
+"""What is shown of a model's quality beside its metrics, and how it is called."""
+
 
 def eval_(
     options: ExperimentOptions,
@@ -71,7 +74,36 @@ def show(document: dict[str, Any]) -> None:
     if document.get("agreement") is not None:
         whom = "fp32 student" if document.get("artefact") else "teacher"
         console.out(f"agreement with the {whom} {document['agreement']:.2f} %")
-    worst = sorted(document["per_class"], key=lambda row: row["top1"])[:3]
+    for line in _lines(document):
+        console.out(line)
+    measured = [row for row in document["per_class"] if row["top1"] is not None]
+    worst = sorted(measured, key=lambda row: row["top1"])[:3]
     console.out("worst classes: " + ", ".join(f"{row['name']} {row['top1']:.1f}" for row in worst))
     for note in document.get("notes", []):
         console.out(f"note: {note}")
+
+
+def _lines(document: dict[str, Any]) -> list[str]:
+    """Calibration and the spread over classes of each model, and how faithful the student is to its teacher."""
+    lines = []
+    for who, quality in (document.get("quality") or {}).items():
+        if quality is not None:
+            text = ", ".join(f"{name} {_number(quality[key])}" for key, name in _QUALITY.items())
+            scaled = quality["scaled"]
+            if scaled is not None:
+                text += f"; at temperature {_number(quality['temperature'])} ece {_number(scaled['ece'])}, "
+                text += f"nll {_number(scaled['nll'])}"
+            lines.append(f"{who}: {text}")
+    fidelity = document.get("fidelity")
+    if fidelity is not None:
+        lines.append(
+            f"fidelity: KL(teacher || student) {_number(fidelity['kl'])}, right: both {_number(fidelity['both_right'])}"
+            f" %, student alone {_number(fidelity['student_only'])} %, teacher alone "
+            f"{_number(fidelity['teacher_only'])} %; of the teacher's errors {_number(fidelity['inherited_errors'])} % "
+            "are the student's too"
+        )
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -69,7 +69,7 @@ class Classification(Task):
 
     def per_class(self, logits: ArrayLike, targets: ArrayLike) -> list[dict[str, Any]]:
         """Of each class: how many samples have it, and the percent of these that are recognised (None without any)."""
-        rows, truth = _labelled(logits, targets)
+        rows, truth = labelled_rows(logits, targets)
         right = predictions(rows) == truth
         samples = np.bincount(truth, minlength=rows.shape[1])
         hits = np.bincount(truth, weights=right, minlength=rows.shape[1])
@@ -81,11 +81,11 @@ class Classification(Task):
     def agreement(self, logits_a: ArrayLike, logits_b: ArrayLike) -> float:
         """Percent of samples for which two models choose the same class."""
         a, b = predictions(logits_a), predictions(logits_b)
-        return _percent((a == b) & (a >= 0))
+        return percent((a == b) & (a >= 0))
 
     def chance(self, targets: ArrayLike) -> float:
         """Top-1 of always answering the most frequent class, in percent."""
-        truth = _array(targets)
+        truth = as_array(targets)
         truth = truth[truth != IGNORE].astype(np.int64)
         return 100 * float(np.bincount(truth).max()) / truth.size if truth.size else float("nan")
 
@@ -96,7 +96,7 @@ class Classification(Task):
 
 def predictions(logits: ArrayLike) -> NDArray[np.int64]:
     """The chosen class of each row: the largest logit, the lower index where several are; -1 for a row with a NaN."""
-    rows = _array(logits)
+    rows = as_array(logits)
     return np.where(np.isnan(rows).any(1), -1, rows.argmax(1))
 
 
@@ -112,10 +112,10 @@ def top5(logits: ArrayLike, targets: ArrayLike) -> float:
 
 def negative_log_likelihood(logits: ArrayLike, targets: ArrayLike) -> float:
     """Mean of -log softmax(logits)[label], in nats."""
-    rows, truth = _labelled(logits, targets)
+    rows, truth = labelled_rows(logits, targets)
     if not truth.size:
         return float("nan")
-    return float(-_log_softmax(rows)[np.arange(truth.size), truth].mean())
+    return float(-log_softmax(rows)[np.arange(truth.size), truth].mean())
 
 
 def calibration_error(logits: ArrayLike, targets: ArrayLike) -> float:
@@ -124,41 +124,50 @@ def calibration_error(logits: ArrayLike, targets: ArrayLike) -> float:
     Samples are put into 15 bins of equal width by the probability of their chosen class, bin m covering
     ((m - 1) / 15, m / 15]; the error is the mean over samples of |accuracy - confidence| of their bin.
     """
-    rows, truth = _labelled(logits, targets)
+    rows, truth = labelled_rows(logits, targets)
     if not truth.size:
         return float("nan")
-    confidence = np.exp(_log_softmax(rows).max(1))
+    confidence = np.exp(log_softmax(rows).max(1))
     gap = (predictions(rows) == truth) - confidence
     if np.isnan(gap).any():
         return float("nan")
-    bins = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
-    return 100 * float(np.abs(np.bincount(bins, weights=gap, minlength=ECE_BINS)).sum()) / truth.size
+    gaps = np.bincount(calibration_bins(confidence), weights=gap, minlength=ECE_BINS)
+    return 100 * float(np.abs(gaps).sum()) / truth.size
+
+
+def calibration_bins(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The bin (N,), 0..14, of each confidence (N,) in [0, 1]: see `calibration_error`."""
+    return np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
 
 
 def _top(logits: ArrayLike, targets: ArrayLike, k: int) -> float:
-    rows, truth = _labelled(logits, targets)
+    rows, truth = labelled_rows(logits, targets)
     own = rows[np.arange(truth.size), truth][:, None]
     before = (rows > own) | ((rows == own) & (np.arange(rows.shape[1]) < truth[:, None]))
     right = before.sum(1) < min(k, rows.shape[1])
-    return _percent(right & ~np.isnan(rows).any(1))
+    return percent(right & ~np.isnan(rows).any(1))
 
 
-def _percent(right: NDArray[np.bool_]) -> float:
+def percent(right: NDArray[np.bool_]) -> float:
+    """How much of it is true; NaN of nothing."""
     return 100 * float(right.mean()) if right.size else float("nan")
 
 
-def _labelled(logits: ArrayLike, targets: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    rows, truth = _array(logits), _array(targets).astype(np.int64)
+def labelled_rows(logits: ArrayLike, targets: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Logits (N, C) in float64 and targets (N,) of the samples that have a label."""
+    rows, truth = as_array(logits), as_array(targets).astype(np.int64)
     labelled = truth != IGNORE
     return rows[labelled], truth[labelled]
 
 
-def _array(values: ArrayLike) -> NDArray[np.float64]:
+def as_array(values: ArrayLike) -> NDArray[np.float64]:
+    """An array or tensor of any device in float64."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=np.float64)
 
 
-def _log_softmax(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+def log_softmax(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log probabilities of logits (N, C)."""
     shifted = rows - rows.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))

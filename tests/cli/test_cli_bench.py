@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kdctl import runs
-from kdctl.bench import cost
+from kdctl.bench import cost, latency
+from kdctl.bench.latency import Row
 from kdctl.cli import app
 from kdctl.evaluate import open_torch
 from kdctl.export import manifest
@@ -80,6 +82,33 @@ def test_a_run_with_all_that_is_in_it(run, home):
         assert 0 < row["p50_ms"] <= row["p95_ms"] and row["samples_per_second"] > 0 and row["peak_bytes"] > 2**20
     assert document["written"] == ["runs/mine/001/bench.json"]
     assert json.loads((home / "runs/mine/001/bench.json").read_text())["rows"] == rows
+
+
+def test_the_teacher_is_a_row_too(run, home, monkeypatch):
+    """One of foreign weights, and one that cannot be loaded; each is opened, as a process would, and not timed."""
+
+    def measure(cells, **_):
+        assert [open_torch(cell.arguments["path"]).num_classes for cell in cells] == [10] * len(cells)
+        return [Row(cell.what, "torch", cell.batch, cell.threads, 1.0, 1.0, 1.0, 1.0, 1, 1) for cell in cells]
+
+    monkeypatch.setattr(latency, "measure", measure)
+    taught = home / "runs" / "taught" / "001"
+    save_model(model(4), taught / "student")
+    runs.write_json(taught / "run.json", {"created": "2029", "role": "main", "status": "done"})
+    save_file(model(8).net.state_dict(), home / "foreign.safetensors")
+    (taught / "config.yaml").write_text(
+        "{name: taught, data: {kind: digits}, student: {kind: digits_cnn, width: 4}, distill: {T: 2, alpha: 0.5},\n"
+        " teacher: {kind: digits_cnn, width: 8, weights: ../../../foreign.safetensors}, train: {epochs: 1}}\n"
+    )
+    code, out, _ = run("taught", "--batch", "1", "--json")
+    student, teacher = json.loads(out)["rows"]
+    assert code == 0 and (student["what"], teacher["what"]) == ("student", "teacher")
+    assert teacher["parameters"] == cost.parameters(model(8).net) and teacher["macs"] == cost.macs(model(8), (1, 8, 8))
+    assert teacher["path"].endswith("foreign.safetensors")
+    (home / "foreign.safetensors").unlink()
+    code, out, err = run("taught", "--batch", "1", "--json")
+    assert code == 0 and [row["what"] for row in json.loads(out)["rows"]] == ["student"]
+    assert "is not measured" in err and "foreign.safetensors" in err
 
 
 def test_an_artefact_with_threads(run):
