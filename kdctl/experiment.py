@@ -21,6 +21,7 @@ from kdctl.errors import ConfigError, KdctlError, MissingError
 from kdctl.group import MAIN, role_of, summarize_group
 from kdctl.pipeline import run_stages
 from kdctl.probe import choose
+from kdctl.report.card import write_card
 from kdctl.runs import Run
 from kdctl.watch import Reporter
 
@@ -218,6 +219,9 @@ def _run_group(
             first = first or (run if role == MAIN else None)
         document["result"] = summarize_group(document["members"], group, experiment)
         runs.write_json(group, document)
+        for member in document["members"]:
+            if role_of(member) == MAIN:  # its card can now tell what the group shows
+                write_card(Run(group.parent.parent / member["run"]))
     return document["result"]
 
 

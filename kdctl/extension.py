@@ -16,6 +16,7 @@ from kdctl.config.schema import Experiment
 from kdctl.device import apply_settings
 from kdctl.errors import Interrupted
 from kdctl.pipeline import Logged, run_products
+from kdctl.report.card import write_card
 from kdctl.runs import Run
 from kdctl.watch import Reporter, StopSignal
 
@@ -58,6 +59,7 @@ def extend(run: Run, more: Extended, reporter: Reporter, measured: Yardstick | N
                 _remove(run, name)  # it was made of a model that another has replaced
         else:
             _take_back(run, more, before)  # a gate was missed, and what would come after it is not asked for
+        write_card(run)
     return documents
 
 

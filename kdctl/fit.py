@@ -22,7 +22,10 @@ from kdctl.optim.ema import EMA
 from kdctl.runs import Run
 from kdctl.signals import Batch
 from kdctl.step import Step, Sums, diverged
-from kdctl.watch import Reporter, StopSignal
+from kdctl.watch import Epoch, Reading, Reporter, StopSignal
+
+_PAUSE_S = {"cuda": 1.0, "mps": 1.0}
+"""Least seconds between two readings of what the device has summed: each waits for it."""
 
 
 @dataclass
@@ -132,6 +135,8 @@ def _train_epoch(loop: Loop) -> bool:
     if state.step == 0:
         built.method.begin_epoch(state.epoch)
     built.method.train()
+    pause = _PAUSE_S.get(built.device.type, 0.0)
+    loop.reporter.begin(Epoch(stage.name, state.epoch, stage.epochs, steps, lambda: _reading(loop), pause))
     began, before = time.monotonic(), state.epoch_seconds
     for batch in _timed(built.loader.epoch(state.epoch, start_step=state.step), loop.clock):
         done = state.epoch * steps + state.step
@@ -157,6 +162,19 @@ def _train_epoch(loop: Loop) -> bool:
         torch.cuda.synchronize(built.device)
         state.epoch_seconds = before + time.monotonic() - began
     return False
+
+
+def _reading(loop: Loop) -> Reading:
+    """Where the epoch stands, by this process's steps; waits for the device."""
+    state, processes = loop.state, ranks.current().size
+    counts = {name: max(float(count), 1.0) for name, count in state.counts.items()}
+    terms = {name: processes * float(value) / counts[name] for name, value in state.sums.items()}
+    return Reading(
+        loss=processes * float(state.loss) / max(state.step, 1),
+        terms=terms,
+        lr=loop.built.optimizer.param_groups[0]["lr"],
+        samples_per_second=processes * state.samples / max(state.epoch_seconds, 1e-9),
+    )
 
 
 def _timed(batches: Iterable[Batch], clock: Clock) -> Iterator[Batch]:

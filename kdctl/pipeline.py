@@ -15,18 +15,22 @@ from kdctl import build, cache, checkpoint, ranks, runs, sharding
 from kdctl.artefacts.make import make
 from kdctl.artefacts.measure import check_gates, gated
 from kdctl.artefacts.yardstick import Yardstick
-from kdctl.bench import cost
+from kdctl.bench.meter import Meter
 from kdctl.build import Built
 from kdctl.config.dump import plain
 from kdctl.config.schema import Experiment, TrainStage
 from kdctl.data.prepare import Data, stratified
 from kdctl.device import apply_settings
 from kdctl.errors import Interrupted, MissingError, Problem
-from kdctl.evaluate import ask, evaluate_run, load_teachers, metrics
+from kdctl.evaluate import ask, metrics
 from kdctl.fit import Progress, fit
-from kdctl.models.record import Model, build_model, load_model, save_model
+from kdctl.loggers.base import Listeners
+from kdctl.models.record import build_model, load_model, save_model
+from kdctl.provenance import write_provenance
+from kdctl.report.card import write_card
 from kdctl.runs import Run
 from kdctl.signals import IGNORE
+from kdctl.summary import summarize
 from kdctl.watch import Reporter, StopSignal
 
 _TEACHER_CHECK_SAMPLES = 2000
@@ -44,9 +48,10 @@ def run_stages(
         run.update(status="running")
         try:
             apply_settings(experiment.train)
-            result = _run_stages(
-                run, experiment, Logged(run, reporter), stop, data or build.build_data(experiment), timed
-            )
+            with Listeners(run, experiment, Logged(run, reporter).say) as listeners:
+                told = Logged(run, reporter, listeners)
+                result = _run_stages(run, experiment, told, stop, data or build.build_data(experiment), timed)
+                listeners.finish(result)
         except (Interrupted, KeyboardInterrupt) as stopped:
             run.update(status="interrupted")
             if isinstance(stopped, Interrupted):
@@ -61,11 +66,11 @@ def run_stages(
 
 
 class Logged(Reporter):
-    """Keeps in log.txt what a run tells, whoever else hears it."""
+    """Keeps in log.txt what a run tells, and tells the loggers of each epoch, whoever else hears it."""
 
-    def __init__(self, run: Run, reporter: Reporter) -> None:
-        self.run, self.reporter = run, reporter
-        self.step = reporter.step  # type: ignore[method-assign]
+    def __init__(self, run: Run, reporter: Reporter, listeners: Listeners | None = None) -> None:
+        self.run, self.reporter, self.listeners = run, reporter, listeners
+        self.begin, self.step = reporter.begin, reporter.step  # type: ignore[method-assign]
 
     def say(self, text: str) -> None:
         self.run.log(text)
@@ -74,6 +79,8 @@ class Logged(Reporter):
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         terms = ", ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
         self.run.log(f"{line['stage']} epoch {line['epoch']}/{epochs}: loss {line['loss']:.4f} ({terms})")
+        if self.listeners is not None:
+            self.listeners.epoch(line)
         self.reporter.epoch(line, epochs)
 
 
@@ -84,9 +91,11 @@ def _run_stages(
         if stage.role != "compressed" and run.info["stages"].get(stage.name) != "done":
             _train(run, experiment, stage, data, reporter, stop)
     if not (run / "summary.json").exists():
+        write_provenance(run, experiment, data)
         runs.write_json(run / "summary.json", summarize(run, experiment, data))
     with Yardstick(run, experiment, data, reporter.say, timed) as yardstick:
         made = run_products(yardstick, [stage.name for stage in experiment.products], reporter, stop)
+    write_card(run)
     return runs.read_json(run / "summary.json") | {"artefacts": made}
 
 
@@ -149,8 +158,9 @@ def _run_train_stage(
     if ranks.current().size > 1:
         reporter.say(_describe_processes(built))
     _open_stores(built, stage, experiment, reporter, stop)
-    state = _fit(built, run, experiment, stage, stop, reporter)
-    _keep(run, experiment, stage, built, state)
+    with Meter(built.device) as meter:
+        state = _fit(built, run, experiment, stage, stop, reporter)
+    _keep(run, experiment, stage, built, state, meter.describe(state.seconds))
     seconds = run.info.get("seconds", {}) | {stage.name: round(state.seconds, 3)}
     run.update(seconds=seconds, stages=run.info["stages"] | {stage.name: "done" if done else "running"})
     reporter.say(_time_spent(stage, state))
@@ -274,8 +284,10 @@ def _budget(run: Run, experiment: Experiment, stage: TrainStage) -> float:
     return 60 * experiment.train.max_minutes - sum(s for name, s in run.info.get("seconds", {}).items() if name in mine)
 
 
-def _keep(run: Run, experiment: Experiment, stage: TrainStage, built: Built, state: Progress) -> None:
-    """Saves the weights that the stage keeps, and ships them where the stage's role says so."""
+def _keep(
+    run: Run, experiment: Experiment, stage: TrainStage, built: Built, state: Progress, spent: dict[str, Any]
+) -> None:
+    """Saves the weights that the stage keeps, and ships them where the stage's role says so; spent: memory, energy."""
     folder = run.stage_dir(stage.name)
     which = "best" if stage.keep == "best" and (folder / "checkpoints" / "best.pt").exists() else "last"
     model = built.method.finalize()
@@ -287,7 +299,7 @@ def _keep(run: Run, experiment: Experiment, stage: TrainStage, built: Built, sta
         save_model(model, run / stage.role)
     runs.write_json(
         folder / "result.json",
-        {"kept": which, "best_epoch": state.best_epoch, "epochs": state.epoch, "finished": state.finished},
+        {"kept": which, "best_epoch": state.best_epoch, "epochs": state.epoch, "finished": state.finished} | spent,
     )
 
 
@@ -303,70 +315,3 @@ def _keep_untrained(run: Run, experiment: Experiment, stage: TrainStage, data: D
     result = {"kept": "last", "best_epoch": 0, "epochs": 0, "finished": "all epochs done"}
     runs.write_json(folder / "result.json", result)
     run.set_stage(stage.name, "done")
-
-
-# ---------------------------------------------------------------------------------------------------------- measuring
-
-
-def summarize(run: Run, experiment: Experiment, data: Data) -> dict[str, Any]:
-    """Measures the finished student once on the test split (best and last), and its teacher, from disk.
-
-    This is the document of `kdctl train`; without a test split the validation split stands in, and a note says so.
-    """
-    split = "test" if data.test is not None else "val"
-    notes = [] if data.test is not None else ["there is no test split: validation stands in for it"]
-    if data.test is None and data.val is None:
-        split, notes = "train", ["there is neither a test nor a validation split: the training split is measured"]
-    best = evaluate_run(run, experiment, split=split, data=data)
-    stage = experiment.student_stage
-    result = runs.read_json(run.stage_dir(stage.name) / "result.json")
-    last = best  # the same weights, where the last epoch was kept
-    if result["kept"] == "best" and result["best_epoch"] != result["epochs"]:
-        last = evaluate_run(run, experiment, split=split, checkpoint="last", data=data, with_teacher=False)
-    lines = [line for line in run.metrics() if line["stage"] == stage.name]
-    epoch = result["best_epoch"] if result["kept"] == "best" else result["epochs"]
-    kept = next((line for line in lines if line["epoch"] == epoch), None)
-    if result["finished"] != "all epochs done":
-        notes.append(
-            f"stage {stage.name} ended after {result['epochs']} of {stage.epochs} epochs: {result['finished']}"
-        )
-    model = load_model(run / "student")
-    return {
-        "run": str(run),
-        "status": "done",
-        "epochs": result["epochs"],
-        "seconds": sum(run.info.get("seconds", {}).values()),
-        "samples_per_second": _median([line["samples_per_second"] for line in lines]),
-        "precision": experiment.train.precision,
-        "threads": experiment.train.threads,
-        "student": _about(model) | {
-            "kept": result["kept"],
-            "best": {"epoch": epoch, "val": kept["val"] if kept else {}, split: best["metrics"]},
-            "last": {split: last["metrics"]},
-        },
-        "teacher": _teacher_summary(run, experiment, data, best, split),
-        "agreement": best["agreement"],
-        "baseline": None,
-        "group": run.info["group"],
-        "notes": notes + best["notes"],
-    }  # fmt: skip
-
-
-def _about(model: Model) -> dict[str, Any]:
-    return {"kind": model.record.kind, "parameters": cost.parameters(model.net)}
-
-
-def _teacher_summary(
-    run: Run, experiment: Experiment, data: Data, measured: dict[str, Any], split: str
-) -> dict[str, Any] | None:
-    if measured["teacher"] is None:
-        return None
-    models = load_teachers(run, experiment, data)
-    kinds = [model.record.kind for model in models]
-    parameters = sum(cost.parameters(model.net) for model in models)
-    return {"kind": " + ".join(kinds), "parameters": parameters, split: measured["teacher"]}
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else 0.0

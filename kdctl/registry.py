@@ -34,6 +34,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "schedules": ("kdctl.optim", "SCHEDULES"),
     "compressors": ("kdctl.compress", "COMPRESSORS"),
     "exporters": ("kdctl.export", "EXPORTERS"),
+    "loggers": ("kdctl.loggers", "LOGGERS"),
 }
 """group -> (package, name of its table)."""
 
@@ -55,6 +56,7 @@ CONTRACTS: dict[str, str | tuple[str, ...]] = {
     "schedules": "kdctl.optim.schedules:Schedule",
     "compressors": "kdctl.compress.base:Compression",
     "exporters": "kdctl.export.base:Exporter",
+    "loggers": "kdctl.loggers.base:Logger",
 }
 """What makes a user's own class one of the group: the class that it derives from, or the methods that it has."""
 
@@ -62,7 +64,7 @@ SINGULAR = {
     "models": "model", "losses": "loss", "methods": "method", "ensembles": "ensemble", "data": "data source",
     "augment": "augmentation",
     "tasks": "task", "optimizers": "optimizer", "schedules": "schedule", "compressors": "compressor",
-    "exporters": "exporter",
+    "exporters": "exporter", "loggers": "logger",
 }  # fmt: skip
 
 _ZOOS = {"torchvision": "TorchvisionModel", "timm": "TimmModel"}

@@ -44,6 +44,7 @@ def smoke(experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
             "student": _at_hand(experiment.student, notes),
             "train": settle_by_rule(experiment.train),
             "teacher_cache": None,  # what it would keep is of a slice
+            "loggers": [],
         }
     )
     with tempfile.TemporaryDirectory() as folder:

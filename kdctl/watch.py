@@ -3,10 +3,36 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from kdctl.errors import Interrupted
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where an epoch stands: the means of the loss and of its terms over the steps of this epoch until now, the
+    learning rate, and samples a second."""
+
+    loss: float
+    terms: Mapping[str, float]
+    lr: float
+    samples_per_second: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch that is being trained. epoch: how many are done. read: gives the numbers of this moment, and waits for
+    the device; pause: the least seconds between two such calls."""
+
+    stage: str
+    epoch: int
+    epochs: int
+    steps: int
+    read: Callable[[], Reading]
+    pause: float
 
 
 class Reporter:
@@ -14,6 +40,9 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line for the reader."""
+
+    def begin(self, epoch: Epoch) -> None:
+        """The steps of an epoch are about to begin, or to go on."""
 
     def step(self, stage: str, epoch: int, epochs: int, step: int, steps: int) -> None:
         """One optimizer step is done."""

@@ -34,9 +34,11 @@ from kdctl.config.expand import load_experiment
 from kdctl.errors import Interrupted, KdctlError
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["data", "losses", "teachers", "own_model", "own_loss", "distributed"]
+PAGES = ["data", "losses", "teachers", "own_model", "own_loss", "distributed", "compression", "deployment", "reports"]
 """Pages of docs/ whose commands are all run as they stand."""
-DOCS = ["README.md", "CONTRIBUTING.md", "docs/compression.md", *(f"docs/{page}.md" for page in PAGES)]
+UNTIMED = ["compression", "deployment", "reports"]
+"""Those that measure latencies in fresh processes, which takes longer than all else: test_readme has that."""
+DOCS = ["README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in PAGES)]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d+(,\d{3})*(\.\d+)?")
 
@@ -188,20 +190,11 @@ def test_readme(here: Path) -> None:
     follow("README.md")
 
 
-def test_compression(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without timing, whose fresh processes take longer than all else; test_readme has it."""
-
-    def one_each(cells: list[Cell]) -> list[Row]:
-        return [Row(c.what, "", c.batch, c.threads, 1.0, 1.0, 1.0, 1000.0, 1, 1) for c in cells]
-
-    monkeypatch.setattr("kdctl.artefacts.measure.measure_latency", one_each)
-    for name, body in files_of("docs/compression.md").items():
-        (here / name).write_text(body)
-    follow("docs/compression.md")
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_page(page: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page in UNTIMED:
+        for place in ("kdctl.artefacts.measure.measure_latency", "kdctl.bench.latency.measure"):
+            monkeypatch.setattr(place, _one_each)
     monkeypatch.syspath_prepend(here)  # as `python FILE` has it
     files = files_of(f"docs/{page}.md")
     for name, body in files.items():
@@ -213,6 +206,10 @@ def test_page(page: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         for name in own:
             sys.modules.pop(name, None)
+
+
+def _one_each(cells: list[Cell], **_: object) -> list[Row]:
+    return [Row(c.what, "", c.batch, c.threads, 1.0, 1.0, 1.0, 1000.0, 1, 1) for c in cells]
 
 
 def test_contributing(here: Path) -> None:

@@ -40,6 +40,7 @@ ORDER = [
     ["step"],
     ["fit"],
     ["bench"],
+    ["summary"],
     ["forecast", "analysis"],
     ["export"],
     ["compress"],
@@ -58,7 +59,7 @@ SIBLINGS = [{"models", "data", "optim"}]
 """Rooms that never import each other."""
 
 ABOVE_THE_LINE = ["errors", "source", "registry", "config", "runs", "stats", "watch", "launch", "loggers", "report"]
-VERBS_WITHOUT_TORCH = ["init", "list", "explain", "schema", "show", "doctor"]
+VERBS_WITHOUT_TORCH = ["init", "list", "explain", "schema", "show", "compare", "doctor"]
 SHARED_BY_VERBS = ["app", "console", "templates", "verb"]
 HEAVY = {"torch", "torchvision", "numpy"}
 

@@ -23,7 +23,7 @@ import typer.core
 import typer.main
 
 from kdctl import __version__
-from kdctl.cli import console
+from kdctl.cli import completion, console
 from kdctl.cli.verb import command, plain_flag, spare_pydantic
 from kdctl.errors import KdctlError, OutOfMemoryError, Problem, UsageError, did_you_mean, is_out_of_memory
 
@@ -37,10 +37,14 @@ COMMANDS = {
     "train": ("kdctl.cli.train:train", "Run every stage of an experiment."),
     "resume": ("kdctl.cli.resume:resume", "Continue an unfinished run."),
     "eval": ("kdctl.cli.eval:eval_", "Measure student and teacher on the same samples."),
+    "predict": ("kdctl.cli.predict:predict", "Labels and probabilities for image files and arrays."),
     "cache": ("kdctl.cli.cache:cache", "Build, show, verify or clear the store of teacher outputs."),
     "compress": ("kdctl.cli.compress:compress", "Prune, factorise, fine-tune, quantize a run's student."),
     "export": ("kdctl.cli.export:export", "Files for other runtimes, each run and compared in its own."),
     "bench": ("kdctl.cli.bench:bench", "Latency, throughput and memory of runs and artefacts."),
+    "compare": ("kdctl.cli.compare:compare", "Runs, groups and artefacts side by side."),
+    "report": ("kdctl.cli.report:report", "One page about a run and its group, which opens offline."),
+    "clean": ("kdctl.cli.clean:clean", "What could be deleted, and with --yes deletes it."),
     "doctor": ("kdctl.cli.doctor:doctor", "The environment: what is missing or mismatched, and how to mend it."),
 }
 
@@ -67,6 +71,13 @@ class LazyGroup(typer.core.TyperGroup):
             hint = did_you_mean(word, COMMANDS) or "`kdctl --help` lists the commands"
             raise UsageError(f"no such command '{word}'", hint=hint)
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Names of commands with their lines, without importing any of them; else options."""
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        item: Any = type(super().shell_complete(ctx, "--help")[0])  # whose module depends on Typer's version
+        return [item(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
 
     def get_help_option(self, ctx: Any) -> Any:
         return plain_flag(super().get_help_option(ctx))
@@ -104,9 +115,16 @@ def run(arguments: Sequence[str]) -> int:
     console.set_up()
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
-        group = typer.main.get_command(app)
+        if arguments and arguments[0] in completion.OPTIONS:
+            completion.answer(list(arguments))
+            return 0
+        group: Any = typer.main.get_command(app)
         for parameter in group.params:
             spare_pydantic(parameter, bool)
+            if f"--{str(parameter.name).replace('_', '-')}" in completion.OPTIONS:
+                parameter.help = f"{parameter.help.split(' for ')[0]} for this shell, or for the one named after it."
+        if completion.asked():
+            completion.show_texts_as_they_are()
         code = group.main(list(arguments) or ["--help"], prog_name="kdctl", standalone_mode=False)
         sys.stdout.flush()
         return code or 0
@@ -117,6 +135,8 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if completion.asked():
+            return 1  # a shell that completes a line has no place for an error
         return _fail(_as_kdctl_error(error), as_json)
 
 

@@ -1,4 +1,4 @@
-"""`kdctl check`: every problem of an experiment at once, and the plan when there is none. Nothing is built for it."""
+"""`kdctl check`: every problem of an experiment at once, and the plan when there is none; built only with --deep."""
 
 from __future__ import annotations
 
@@ -7,25 +7,52 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from kdctl.cli import console
-from kdctl.cli.verb import Argument, ExperimentOptions, Reply
+from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
 from kdctl.errors import ConfigError, KdctlError, MissingError
 
 if TYPE_CHECKING:
+    from kdctl.config.expand import Loaded
     from kdctl.config.schema import Component, Experiment, ModelSpec, OutputStage, TrainStage
 
 
-def check(options: ExperimentOptions, config: Annotated[str, Argument(help="The experiment file.")]) -> Reply:
+def check(
+    options: ExperimentOptions,
+    config: Annotated[str, Argument(help="The experiment file.")],
+    deep: Annotated[bool, Option("--deep", help="Build it: shapes, terms, memory, time. Needs torch.")] = False,
+) -> Reply:
     """Every problem of an experiment file at once, with file, line and key; where there is none, what would run.
 
-    Needs no torch and writes nothing.
+    Needs no torch and writes nothing. With --deep it builds data, models and terms too and takes a few steps of every
+    stage on throw-away models: shapes, taps, adapters, each term's value and share of the gradient, parameters, MACs,
+    memory, the size of the store and the time to expect.
     """
     from kdctl.config.expand import load_experiment
 
     try:
-        experiment = load_experiment(Path(config), options.overrides).experiment
+        loaded = load_experiment(Path(config), options.overrides)
+        planned = plan(loaded.experiment)
+        if deep:
+            planned["deep"] = _deep(loaded)
     except (ConfigError, MissingError) as error:
         return Reply({"errors": [], "plan": None}, _show_count(config, error), error)
-    return Reply({"errors": [], "plan": plan(experiment)}, _show)
+    return Reply({"errors": [], "plan": planned}, _show)
+
+
+def _deep(loaded: Loaded) -> dict[str, Any]:
+    """What building the experiment shows. Raises what training would, with the place in the file."""
+    from kdctl.cli.check_deep import needs
+    from kdctl.loggers.base import build_loggers
+
+    build_loggers(loaded.experiment)  # a library that is not there is told before torch is loaded
+    console.say("loading torch ...")
+    from kdctl.config.overrides import located
+    from kdctl.forecast import forecast
+
+    try:
+        found = forecast(loaded.experiment, console.say)
+    except ConfigError as error:
+        raise ConfigError(*(located(loaded.document, problem) for problem in error.problems)) from error
+    return found | {"needs": needs(loaded.experiment)}
 
 
 def plan(experiment: Experiment) -> dict[str, Any]:
@@ -46,6 +73,7 @@ def plan(experiment: Experiment) -> dict[str, Any]:
         "student": _model(experiment.student),
         "teacher": _teachers(experiment),
         "teacher_cache": None if experiment.teacher_cache is None else experiment.teacher_cache.model_dump(),
+        "loggers": [_component(logger) for logger in experiment.loggers],
         "stages": [_stage(stage) for stage in experiment.stages],
     }
 
@@ -106,10 +134,15 @@ def _show(document: dict[str, Any]) -> None:
         ("student", _model_text(plan["student"])),
         *(("teacher", _model_text(teacher)) for teacher in plan["teacher"]),
         *([("store", _store_text(plan))] if plan["teacher_cache"] else []),
+        *(("logger", logger["kind"] + _arguments_text(logger["arguments"])) for logger in plan["loggers"]),
         *((f"stage {i}", _stage_text(stage)) for i, stage in enumerate(plan["stages"], 1)),
     ]
     for label, text in lines:
         console.out(f"{label:<9}{text}")
+    if "deep" in plan:
+        from kdctl.cli.check_deep import show
+
+        show(plan["deep"])
 
 
 def _model_text(model: dict[str, Any]) -> str:

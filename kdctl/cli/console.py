@@ -11,6 +11,8 @@ import math
 import os
 import re
 import sys
+import textwrap
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -20,41 +22,53 @@ from kdctl.errors import KdctlError
 
 _NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?( ?%)?|-?")
 _level = 1
+_drawn = 0
+"""Columns of the live line that stands on stderr, 0 where there is none."""
 
 
 def set_up(quiet: bool = False, verbose: bool = False) -> None:
     """Sets how much `say` and `detail` print, and makes both streams replace what they cannot encode."""
-    global _level
+    global _level, _drawn
     _level = 0 if quiet else 2 if verbose else 1
+    _drawn = 0
+    asked = any(os.environ.get(name) for name in ("PYTHONIOENCODING", "PYTHONUTF8"))
+    plain = os.environ.get("LC_ALL") in ("C", "POSIX") and not asked  # which Python takes for UTF-8
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure and not _is_utf8(stream):
+        if reconfigure and plain:
+            reconfigure(encoding="ascii", errors="replace")
+        elif reconfigure and not is_utf8(stream):
             reconfigure(errors="replace")
 
 
 def out(text: str = "") -> None:
     """A line of the result, on stdout."""
+    clear()
     print(text)
 
 
 def say(text: str) -> None:
-    """A line of progress or advice, on stderr; silent under --quiet."""
+    """A line of progress or advice, on stderr; silent under --quiet. On a terminal it is broken between words."""
     if _level >= 1:
-        print(text, file=sys.stderr, flush=True)
+        clear()
+        print(_broken(text) if is_live(sys.stderr) else text, file=sys.stderr, flush=True)
 
 
 def detail(text: str) -> None:
     """A line for --verbose alone, on stderr."""
     if _level >= 2:
+        clear()
         print(text, file=sys.stderr, flush=True)
 
 
 def print_error(error: KdctlError) -> None:
     """Every problem as `file:line: key: message`, its hint on a line below, on stderr; also under --quiet."""
+    clear()
     for problem in error.problems:
-        print(replace(problem, file=problem.file and near(problem.file)).where() + problem.message, file=sys.stderr)
-        if problem.hint:
-            print(f"  hint: {problem.hint}", file=sys.stderr)
+        lines = [replace(problem, file=problem.file and near(problem.file)).where() + problem.message]
+        lines += [f"  hint: {problem.hint}"] if problem.hint else []
+        for line in lines:
+            print(_broken(line) if is_live(sys.stderr) else line, file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -76,7 +90,12 @@ def yaml_text(value: object) -> str:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON document on stdout. Numbers that are not finite become null, paths and other objects text."""
-    print(json.dumps(_jsonable(document), indent=2, ensure_ascii=not _is_utf8(sys.stdout), allow_nan=False))
+    print(json_text(document, ascii_only=not is_utf8(sys.stdout)))
+
+
+def json_text(document: Mapping[str, Any], ascii_only: bool = False) -> str:
+    """What `print_json` prints."""
+    return json.dumps(_jsonable(document), indent=2, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def _jsonable(value: Any) -> Any:
@@ -95,17 +114,23 @@ def _jsonable(value: Any) -> Any:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table on stdout: None prints as '-', columns of numbers stand right. Cells that do not fit a terminal wrap."""
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
-    right = [bool(cells) and all(_NUMBER.fullmatch(row[i]) for row in cells) for i in range(len(headers))]
+    clear()
     if sys.stdout.isatty():
-        _draw(headers, cells, right)
+        _draw(headers, *_cells(headers, rows))
     else:
-        for line in _lines(headers, cells, right):
+        for line in table_lines(headers, rows):
             print(line)
 
 
-def _lines(headers: Sequence[str], cells: list[list[str]], right: list[bool]) -> list[str]:
+def _cells(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> tuple[list[list[str]], list[bool]]:
+    """The cells as text, and which columns stand right."""
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    return cells, [bool(cells) and all(_NUMBER.fullmatch(row[i]) for row in cells) for i in range(len(headers))]
+
+
+def table_lines(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """Aligned lines, two blanks between columns: the same in a pipe, a file and a log."""
+    cells, right = _cells(headers, rows)
     widths = [max(len(text) for text in column) for column in zip(headers, *cells, strict=True)]
     lines = []
     for row in (headers, *cells):
@@ -130,5 +155,67 @@ def _draw(headers: Sequence[str], cells: list[list[str]], right: list[bool]) -> 
     Console(highlight=False, emoji=False, markup=False).print(table)
 
 
-def _is_utf8(stream: TextIO) -> bool:
+# ------------------------------------------------------------------------------------------------------- the terminal
+
+
+def is_utf8(stream: TextIO) -> bool:
+    """Whether the stream can show every character."""
     return (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "") in ("utf8", "cp65001")
+
+
+def is_live(stream: TextIO) -> bool:
+    """Whether the stream is a terminal whose last line can be written over."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def draw(text: str) -> None:
+    """Shows a line on stderr, a terminal, in the place of the one drawn before; the next line takes its place."""
+    global _drawn
+    room = width(sys.stderr) - 1
+    text = cut(text, room)
+    sys.stderr.write("\r" + text + " " * max(0, min(_drawn, room) - columns(text)))
+    sys.stderr.flush()
+    _drawn = columns(text)
+
+
+def clear() -> None:
+    """Takes away the line that was drawn, if there is one."""
+    global _drawn
+    if _drawn:
+        sys.stderr.write("\r" + " " * min(_drawn, width(sys.stderr) - 1) + "\r")
+        sys.stderr.flush()
+        _drawn = 0
+
+
+def width(stream: TextIO) -> int:
+    """Columns of the terminal that the stream goes to: COLUMNS where it is set; 80 where nobody can tell."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):  # no terminal, or a stream without a file
+        return 80
+
+
+def columns(text: str) -> int:
+    """Columns that a line takes on a terminal: East Asian wide characters take two, combining ones none."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def cut(text: str, size: int) -> str:
+    """The beginning of a line that takes at most so many columns."""
+    while columns(text) > size:
+        text = text[:-1]
+    return text
+
+
+def _broken(text: str) -> str:
+    """The text in lines that fit the terminal, broken between words; a longer word, such as a path, stays whole."""
+    size = width(sys.stderr) - 1
+    fill = textwrap.TextWrapper(
+        max(size, 10), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    ).fill
+    return "\n".join(line if columns(line) <= size else fill(line) for line in text.split("\n"))

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from kdctl import registry
-from kdctl.cli import console
+from kdctl.cli import console, surroundings
+from kdctl.cli.surroundings import Check
+from kdctl.cli.surroundings import check as _check
 from kdctl.cli.verb import Options, Reply
 from kdctl.errors import MissingError
 
@@ -62,6 +64,8 @@ _LIBRARIES = {
     "torchscript": "torch",
     "pt2": "torch",
 }
+_EXTRAS = {"timm": "timm", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow-skinny": "mlflow"}
+"""Optional distributions, and the extra of kdctl that brings each."""
 _ELSEWHERE = ("executorch", "litert")
 """Targets that may stand in an environment of their own."""
 """The distribution that runs a target's files; a plug-in's target is tried without knowing it."""
@@ -72,7 +76,6 @@ _TIMEOUT_S = 120
 _CPU_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm")
 _ROOM_BYTES = 2 * 2**30
 
-Check = dict[str, Any]
 Outcome = tuple[bool, str]
 """Whether an attempt worked, and the last line that it printed."""
 
@@ -95,13 +98,17 @@ def doctor(options: Options) -> Reply:
             _torchvision(_result(attempts, "torchvision")),
             _onnxruntime(_result(attempts, "onnxruntime")),
             *(_library(name) for name in ("numpy", "onnx", "safetensors", "pydantic")),
-            _optional("timm", "timm"),
+            surroundings.requirements(),
+            *(_optional(name, extra) for name, extra in _EXTRAS.items()),
             *(_target(target, _result(attempts, f"export {target}")) for target in targets),
             _processor(),
             _cores(),
+            surroundings.threads(_usable_cores()),
             _memory(),
             _disk(),
+            surroundings.cache(),
             _write_access(),
+            surroundings.clock(),
         ]
     failed = [check["name"] for check in checks if check["status"] in ("fail", "broken")]
     error = MissingError(f"failed: {', '.join(failed)}", hint="the fix stands beside each check") if failed else None
@@ -114,11 +121,6 @@ def _show(document: dict[str, Any]) -> None:
     for check in checks:
         if check["fix"]:
             console.out(f"{check['name']}: {check['fix']}")
-
-
-def _check(name: str, status: str, detail: str, fix: str | None = None) -> Check:
-    """status: ok, warn (works, could be better), fail (kdctl needs it), absent and broken (optional)."""
-    return {"name": name, "status": status, "detail": detail, "fix": fix}
 
 
 # ----------------------------------------------------------------------------------------------------------- software
@@ -239,6 +241,11 @@ def _onnxruntime(attempt: Outcome | None) -> Check:
     if attempt is None:
         return _check("onnxruntime", "fail", "not installed", "pip install onnxruntime")
     works, answer = attempt
+    if works and _version("onnxruntime-gpu"):
+        detail = (
+            f"onnxruntime {_version('onnxruntime')} and onnxruntime-gpu {_version('onnxruntime-gpu')} share a folder"
+        )
+        return _check("onnxruntime", "warn", detail, "uninstall both, then install the one that is wanted")
     fix = None if works else "pip install --force-reinstall onnx onnxruntime"
     return _check("onnxruntime", "ok" if works else "fail", f"{_version('onnxruntime')}, {answer}", fix)
 
@@ -270,6 +277,12 @@ def _target(target: str, attempt: Outcome | None) -> Check:
     return _check(name, "fail" if target in _NEEDED else "broken", answer, again)
 
 
+def try_target(target: str) -> Check:
+    """Whether files of one target can be made and run here: converts and runs a model of one layer."""
+    attempt = _attempt(_TRY_TARGET.format(target)) if _installed(target) else None
+    return _target(target, attempt)
+
+
 # ------------------------------------------------------------------------------------------------------------ machine
 
 
@@ -286,6 +299,12 @@ def _processor() -> Check:
     if has & {"avx_vnni", "avx512_vnni", "i8mm", "asimddp"}:
         return _check("processor", "ok", detail)
     return _check("processor", "warn", detail, "no int8 dot product here: int8 files are smaller but may not be faster")
+
+
+def _usable_cores() -> float:
+    """The cores of this process's affinity, within the quota of its container."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(float(usable), _cgroup_cores() or usable)
 
 
 def _cores() -> Check:
@@ -326,7 +345,7 @@ def _memory() -> Check:
 
 
 def _disk() -> Check:
-    free = shutil.disk_usage(".").free
+    free = shutil.disk_usage("runs" if os.path.isdir("runs") else ".").free
     if free < _ROOM_BYTES:
         return _check("disk", "warn", f"{_gib(free)} free here", "runs keep two checkpoints a stage: make room")
     return _check("disk", "ok", f"{_gib(free)} free here")

@@ -20,7 +20,7 @@ from kdctl.errors import UsageError, did_you_mean
 _SECTION_GROUPS = {
     "student": "models", "teacher": "models", "losses": "losses", "method": "methods", "ensemble": "ensembles",
     "data": "data", "augment": "augment", "transfer": "data", "task": "tasks", "optimizer": "optimizers",
-    "schedule": "schedules", "compress": "compressors", "export": "exporters",
+    "schedule": "schedules", "compress": "compressors", "export": "exporters", "loggers": "loggers",
 }  # fmt: skip
 """Key of a component's section -> the group its kinds come from."""
 

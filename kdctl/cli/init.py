@@ -13,19 +13,46 @@ from kdctl.cli import console, templates
 from kdctl.cli.verb import Argument, Option, Options, Reply
 from kdctl.errors import UsageError
 
+DEFAULT = "quickstart"
+
 
 def init(
     options: Options,
-    template: Annotated[str, Argument(help="`kdctl list templates` shows them.")] = "quickstart",
+    template: Annotated[str, Argument(help="`kdctl list templates` shows them.")] = DEFAULT,
     output: Annotated[str | None, Option("-o", "--output", metavar="FILE", help="[default: TEMPLATE.yaml]")] = None,
+    interactive: Annotated[bool, Option("-i", "--interactive", help="Ask, and write what the answers make.")] = False,
 ) -> Reply:
-    """Write an experiment file to start from, never over a file that exists."""
+    """Write an experiment file to start from, never over a file that exists.
+
+    -i asks for data, teacher, student, method and epochs on the terminal, checks each answer, and writes
+    experiment.yaml.
+    """
+    if interactive:
+        return _asked(template, Path(output or "experiment.yaml"))
     source = templates.find(template)
     target = Path(output or source.name)
     if target.is_dir():
         target /= source.name
     _write_new(target, _text_of(source))
     return Reply({"template": template, "path": str(target)}, _show)
+
+
+def _asked(template: str, target: Path) -> Reply:
+    """The reply of an interview, whose file has to be free before anything is asked."""
+    from kdctl.cli.interview import interview
+
+    if template != DEFAULT:
+        raise UsageError("-i asks questions and copies no template", hint=f"leave -i or {template} out")
+    if target.is_dir():
+        target /= "experiment.yaml"
+    if os.path.lexists(target):
+        raise _taken(target)
+    _write_new(target, interview(target))
+    return Reply({"template": None, "path": str(target)}, _show)
+
+
+def _taken(target: Path) -> UsageError:
+    return UsageError(f"{target} is there already and is not overwritten", hint="name another file with -o FILE")
 
 
 def _show(document: dict[str, Any]) -> None:
@@ -75,9 +102,8 @@ def _merged(source: Path) -> str:
 
 def _write_new(target: Path, text: str) -> None:
     """Writes the whole file aside and gives it its name, which must be free: also when two processes race for it."""
-    taken = UsageError(f"{target} is there already and is not overwritten", hint="name another file with -o FILE")
     if os.path.lexists(target):
-        raise taken
+        raise _taken(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -87,7 +113,7 @@ def _write_new(target: Path, text: str) -> None:
         try:
             os.link(aside, target)  # unlike a rename, a link never replaces a file
         except FileExistsError:
-            raise taken from None
+            raise _taken(target) from None
         except OSError:  # a file system without links
             os.rename(aside, target)
     finally:

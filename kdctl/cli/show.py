@@ -52,28 +52,14 @@ def _values(loaded: Loaded) -> dict[str, Any]:
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    left, right = _flat(ours), _flat(theirs)
+    from kdctl.config.dump import flat
+
+    left, right = flat(ours), flat(theirs)
     return [
         {"key": key, "this": left.get(key), "other": right.get(key)}
         for key in dict.fromkeys([*left, *right])
         if left.get(key) != right.get(key)
     ]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested maps and lists as one map with dotted keys; items of a list by their name, kind or index."""
-    if isinstance(value, Mapping) and value:
-        pairs = list(value.items())
-    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        names = [str(item.get("name") or item.get("kind") or i) for i, item in enumerate(value)]
-        unique = len(set(names)) == len(names)
-        pairs = list(zip(names if unique else map(str, range(len(value))), value, strict=True))
-    else:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in pairs:
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _show_diff(rows: list[dict[str, Any]], this: str, other: str) -> None:

@@ -29,7 +29,7 @@ import typer.core
 import typer.main
 from typer import Argument, Option
 
-from kdctl.cli import console
+from kdctl.cli import completion, console
 from kdctl.errors import KdctlError, UsageError
 
 __all__ = ["Argument", "ExperimentOptions", "Option", "Options", "Reply", "command"]
@@ -107,6 +107,9 @@ def command(name: str, verb: Callable[..., Reply]) -> Any:
         return reply.deliver(options.json)
 
     parameters = [*own, *shared]
+    for each in parameters:
+        info = next(m for m in each.annotation.__metadata__ if hasattr(m, "autocompletion"))
+        info.autocompletion = info.autocompletion or completion.of(name, each.name)
     call.__doc__ = verb.__doc__
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -174,7 +177,8 @@ def spare_pydantic(parameter: Any, annotation: Any) -> None:
 
     def process_value(context: Any, value: Any) -> Any:
         absent = value is None or value == () or value == []
-        if (absent and parameter.required) or not (absent or is_text):
+        required = parameter.required and not context.resilient_parsing  # of a line that is being completed nothing is
+        if (absent and required) or not (absent or is_text):
             return convert(context, value)
         return () if absent and many else value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -45,6 +45,22 @@ def dump_yaml(experiment: Experiment) -> str:
 def dump_plain(data: Any) -> str:
     """Maps, lists and scalars as YAML that reads back to the same."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10**6)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested maps and lists as one map with dotted keys; items of a list by their name, kind or index."""
+    if isinstance(value, Mapping) and value:
+        pairs = list(value.items())
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        names = [str(item.get("name") or item.get("kind") or i) for i, item in enumerate(value)]
+        unique = len(set(names)) == len(names)
+        pairs = list(zip(names if unique else map(str, range(len(value))), value, strict=True))
+    else:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, item in pairs:
+        found |= flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return found
 
 
 def origin_rows(loaded: Loaded) -> list[tuple[str, Any, str]]:

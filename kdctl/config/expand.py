@@ -121,6 +121,7 @@ class _Expansion:
             data=_complete_data(file.data),
             student=complete(file.student, "models"),
             teacher_cache=file.teacher_cache,
+            loggers=[complete(spec, "loggers") for spec in file.loggers],
             train=RunSettings(**settings),
             stages=self.stages,
         )

@@ -15,7 +15,7 @@ from kdctl.config.types import PathStr, PositiveInt
 from kdctl.data.base import Dataset, ItemSplit, Source
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem, did_you_mean
 
-_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 class ImageFolder(Source):
@@ -61,7 +61,7 @@ class ImageFolder(Source):
                 files.append(str(path))
                 targets.append(class_names.index(class_name))
         if not files:
-            message = f"has no image; looked for {' '.join(sorted(_EXTENSIONS))}"
+            message = f"has no image; looked for {' '.join(sorted(EXTENSIONS))}"
             raise MissingError(Problem(message, file=str(folder), key="data.root"))
         shape = (self.channels, self.size, self.size)
         decode = Decoder(files, self.size, self.channels)
@@ -69,11 +69,11 @@ class ImageFolder(Source):
 
 
 class Decoder:
-    """Reads file number i as uint8 (channels, size, size)."""
+    """Reads file number i as uint8 (channels, height, width); size: one side of both, or the two."""
 
-    def __init__(self, files: list[str], size: int, channels: int) -> None:
+    def __init__(self, files: list[str], size: int | tuple[int, int], channels: int) -> None:
         self._files = np.array(files)  # one block of memory: forked workers do not copy it
-        self._size = size
+        self._size = (size, size) if isinstance(size, int) else size
         self._channels = channels
 
     def __call__(self, item: int) -> Tensor:
@@ -91,8 +91,8 @@ class Decoder:
     def _pixels(self, image: Any) -> np.ndarray:
         from PIL import Image, ImageOps
 
-        size = self._size
-        image.draft(None, (2 * size, 2 * size))  # JPEG: decode no finer than needed
+        height, width = self._size
+        image.draft(None, (2 * width, 2 * height))  # JPEG: decode no finer than needed
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":  # 16 bits, which convert() would clip
             deep = np.asarray(image, dtype=np.float32)
@@ -101,7 +101,7 @@ class Decoder:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB" if self._channels == 3 else "L")
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
         array = np.array(image)
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()
 
@@ -113,5 +113,5 @@ def _folders(folder: Path) -> list[str]:
 def _images(folder: Path) -> list[Path]:
     found = []
     for place, _, names in os.walk(folder):
-        found += [Path(place, n) for n in names if Path(n).suffix.lower() in _EXTENSIONS and not n.startswith(".")]
+        found += [Path(place, n) for n in names if Path(n).suffix.lower() in EXTENSIONS and not n.startswith(".")]
     return sorted(found)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdctl.cli import app, doctor
+from kdctl.cli import app, doctor, surroundings
 from kdctl.export import one_layer
 from kdctl.export.torchscript import TorchScriptPredictor
 
@@ -200,3 +200,83 @@ def test_the_processor_of_this_machine():
     check = doctor._processor()
     assert check["status"] in ("ok", "warn") and check["detail"]
     assert sys.platform != "linux" or "flags are not readable" not in check["detail"]
+
+
+# -------------------------------------------------------------------------------------------------------- surroundings
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """The check of threads on so many cores, in an environment of these variables alone."""
+
+    def look(cores: float = 4, **environment: str) -> dict[str, str]:
+        for name in (*surroundings._COUNTS, *surroundings._PINNING, "OMP_WAIT_POLICY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return surroundings.threads(cores)
+
+    return look
+
+
+def test_more_threads_than_cores(threads):
+    assert threads()["status"] == "ok" and threads(OMP_NUM_THREADS="4")["status"] == "ok"
+    check = threads(2.5, OMP_NUM_THREADS="3")
+    assert check["status"] == "warn" and "more than the 2.5 cores" in check["detail"]
+    assert "export OMP_NUM_THREADS=2" in check["fix"]
+    assert threads(MKL_NUM_THREADS="64")["fix"].startswith("export MKL_NUM_THREADS=4")
+    assert threads(OMP_NUM_THREADS="2,8")["status"] == "ok"
+
+
+def test_settings_of_openmp_that_hurt(threads):
+    assert threads(OMP_NUM_THREADS="many")["detail"] == "OMP_NUM_THREADS='many' is no number of threads"
+    assert threads(OMP_WAIT_POLICY="ACTIVE")["fix"] == "unset OMP_WAIT_POLICY"
+    assert threads(OMP_PROC_BIND="close")["fix"] == "unset OMP_PROC_BIND"
+    assert threads(OMP_PROC_BIND="false")["status"] == "ok"
+
+
+def test_a_clock_that_runs_behind(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert surroundings.clock()["status"] == "ok"
+    run = tmp_path / "runs/small/001"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"created": "2999-01-01T00:00:00+00:00", "role": "main", "status": "done"}')
+    check = surroundings.clock()
+    assert check["status"] == "warn" and "before the newest run was made" in check["detail"]
+    monkeypatch.setattr(surroundings.time, "time", lambda: 86_400.0)
+    assert "before kdctl was installed" in surroundings.clock()["detail"]
+
+
+def test_a_cache_that_cannot_hold_stores(monkeypatch, tmp_path):
+    monkeypatch.setenv("KDCTL_CACHE", str(tmp_path / "not/yet"))
+    assert surroundings.cache()["status"] == "ok" and not (tmp_path / "not").exists()
+    monkeypatch.setattr(surroundings.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
+    assert "make room" in surroundings.cache()["fix"]
+    monkeypatch.setattr(surroundings.os, "access", lambda path, mode: False)
+    assert "cannot be written" in surroundings.cache()["detail"]
+
+
+def test_requirements_that_another_package_replaced(monkeypatch):
+    listed = ["torch>=2.11", "typer>=0.16", "rich>=13.0", "absent>=1.0", "timm>=1.0; extra == 'timm'"]
+    versions = {"torch": "2.13.0+cpu", "typer": "0.9.4", "rich": "13"}
+
+    def version(name):
+        if name not in versions:
+            raise surroundings.metadata.PackageNotFoundError
+        return versions[name]
+
+    monkeypatch.setattr(surroundings.metadata, "requires", lambda name: listed)
+    monkeypatch.setattr(surroundings.metadata, "version", version)
+    check = surroundings.requirements()
+    assert check["status"] == "warn" and check["fix"] == "pip install 'typer>=0.16' 'absent>=1.0'"
+    assert (
+        "typer 0.9.4" in check["detail"] and "absent is missing" in check["detail"] and "torch" not in check["detail"]
+    )
+    monkeypatch.setattr(surroundings.metadata, "requires", lambda name: listed[:1])
+    assert surroundings.requirements()["status"] == "ok"
+
+
+def test_two_builds_of_onnxruntime(versions):
+    versions(onnxruntime="1.22", **{"onnxruntime-gpu": "1.21"})
+    check = doctor._onnxruntime(ended(0, "runs a model on CPU"))
+    assert check["status"] == "warn" and "share a folder" in check["detail"]

@@ -1,0 +1,117 @@
+"""`kdctl predict`: labels and probabilities for image files and arrays, by a run's student or an artefact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from kdctl import runs
+from kdctl.cli import console
+from kdctl.cli.verb import Argument, Option, Options, Reply
+from kdctl.errors import KdctlError, MissingError, Problem, UsageError
+
+_SHOWN = 200
+"""So many rows are shown to people; -o and --json have all."""
+
+
+def predict(
+    options: Options,
+    what: Annotated[
+        list[str] | None, Argument(metavar="RUN", help="a run or an artefact, else latest; then further files")
+    ] = None,
+    files: Annotated[
+        list[str] | None, Option("--input", metavar="FILE", help="images, .npy or .npz arrays, folders of them")
+    ] = None,
+    top: Annotated[int, Option("--top", min=1, help="how many classes are told of each")] = 3,
+    output: Annotated[str | None, Option("-o", "--output", metavar="FILE", help="Write all as JSONL here.")] = None,
+    device: Annotated[str | None, Option("--device", help="Where a run's student computes; cpu when left out.")] = None,
+) -> Reply:
+    """Labels and probabilities for image files and arrays, by a run's student or an artefact in its own runtime.
+
+    Needs neither the data nor the teacher. Files may follow --input, as in `kdctl predict RUN --input photos/*.png`.
+    Arrays are uint8, or floating point in [0, 1]: (N, H, W), (N, H, W, C) or (N, C, H, W). What cannot be read is told
+    at the end, with exit code 1; the others are predicted all the same.
+    """
+    place, more = _sorted_words(what or [])
+    places = [*(files or []), *more]
+    if not places:
+        raise UsageError("no file to predict", hint="name some after --input: images, arrays, folders")
+    artefact = Path(place) if place and (Path(place) / "manifest.json").is_file() else None
+    if artefact and device:
+        raise UsageError("--device is for a run: an artefact computes in its own runtime", hint="leave --device out")
+    run = None if artefact else runs.find(place)
+    console.say("loading torch ...")
+    from kdctl import predict as predicting
+
+    if artefact is not None:
+        predictor = predicting.open_artefact(artefact)
+    else:
+        assert run is not None
+        predictor = predicting.open_student(run, _device(device))
+    console.detail(f"{artefact or run} takes {tuple(predictor.image_shape)} in {predictor.runtime}")
+    home = run if artefact is None else _run_of(artefact)
+    head = {"run": home and str(home), "artefact": artefact and str(artefact), "runtime": predictor.runtime}
+    document = head | predicting.predict_files(predictor, places, top) | {"written": output}
+    if output is not None:
+        lines = [*document["predictions"], *document["failed"]]
+        runs.write_text(Path(output), "".join(json.dumps(line) + "\n" for line in lines))
+    problems = [Problem(f["message"], file=f["input"], hint=f["hint"]) for f in document["failed"]]
+    return Reply(document, show, KdctlError(*problems) if problems else None)
+
+
+def _sorted_words(words: list[str]) -> tuple[str | None, list[str]]:
+    """The run or artefact among the words, and the files: a shell puts all that `--input *.png` stands for there."""
+    places: list[str] = []
+    files: list[str] = []
+    for word in words:
+        path = Path(word)
+        a_file = path.is_file() or ((path.is_dir() or path.suffix) and not _is_source(word))
+        (files if a_file else places).append(word)
+    if len(places) > 1:
+        raise UsageError(f"'{places[1]}' is no file, and one run is enough: '{places[0]}'")
+    return (places[0] if places else None), files
+
+
+def _is_source(word: str) -> bool:
+    """Whether a folder is a run, the runs of a name, or an artefact."""
+    if (Path(word) / "manifest.json").is_file():
+        return True
+    try:
+        return bool(runs.find(word))
+    except MissingError:
+        return False
+
+
+def _run_of(artefact: Path) -> runs.Run | None:
+    home = artefact.resolve().parent.parent
+    return runs.Run(home) if runs.is_run(home) else None
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cpu"
+    from kdctl.device import choose_device
+
+    return str(choose_device(name))
+
+
+def show(document: dict[str, Any]) -> None:
+    """A row an input: the class, its probability in percent, and the next ones."""
+    rows = [
+        [
+            row["input"], row["label"], f"{100 * row['probability']:.2f}",
+            ", ".join(f"{other['label']} {100 * other['probability']:.2f}" for other in row["top"][1:]),
+        ]
+        for row in document["predictions"][:_SHOWN]
+    ]  # fmt: skip
+    with_others = any(row[3] for row in rows)
+    if rows:
+        console.print_table(
+            ["input", "label", "%", "then"][: 3 + with_others], [row[: 3 + with_others] for row in rows]
+        )
+    left = document["samples"] - len(rows)
+    if left:
+        console.out(f"and {left:,} more, which -o FILE or --json has")
+    if document["written"]:
+        console.out(f"wrote {document['written']}")

@@ -1,0 +1,242 @@
+"""Labels and probabilities for image files and arrays, by a run's student or by an artefact in its own runtime.
+
+Needs neither the data nor the teacher of the run. Images become what the data pipeline would make of them: decoded as
+those of an image folder, in the channels and the size that the model's record names. N samples, C channels, H x W.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdctl.artefacts.yardstick import open_file
+from kdctl.data.image_folder import EXTENSIONS, Decoder
+from kdctl.errors import KdctlError, Problem
+from kdctl.evaluate import Floats, Predictor, TorchPredictor, quick
+from kdctl.export import manifest
+from kdctl.models.record import load_model
+from kdctl.runs import Run
+
+BATCH = 128
+ARRAYS = {".npy", ".npz"}
+Shape = tuple[int, int, int]
+_ROUNDING = 1e-6
+"""How far a value may lie outside of [0, 1]: what float arithmetic adds."""
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)[:, None, None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to predict. pixels: float32 (C, H, W) in [0, 1] as the model takes it."""
+
+    name: str
+    pixels: Floats
+
+
+def open_student(run: Run, device: str = "cpu") -> TorchPredictor:
+    """The shipped student of a run, in fp32. Raises MissingError where the run has none yet."""
+    return TorchPredictor(quick(load_model(run.path)), device)
+
+
+def open_artefact(folder: Path) -> Any:
+    """The predictor of an artefact, in its own runtime. Raises KdctlError where a file is not its manifest's."""
+    made = manifest.verify(folder)
+    return open_file(str(made["target"]), folder / made["model"])
+
+
+def predict_files(predictor: Predictor, places: Sequence[str], top: int = 1) -> dict[str, Any]:
+    """What a predictor says of files and of all that lies in folders: `predictions` and `failed`, in order.
+
+    A prediction is {input, label, class, probability, top}: the most probable class and, in `top`, that many of them;
+    probabilities are softmax in float64. Each file or image that cannot be read is one of `failed` {input, message,
+    hint} and does not keep the others from being predicted.
+    """
+    names = [str(number) for number in range(predictor.num_classes)]
+    known = getattr(predictor, "class_names", None) or []
+    names = [known[i] or name if i < len(known) else name for i, name in enumerate(names)]
+    predictions: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    waiting: list[Sample] = []
+
+    def ask() -> None:
+        if waiting:
+            logits = predictor(np.stack([sample.pixels for sample in waiting]))
+            for sample, row in zip(waiting, softmax(logits), strict=True):
+                if np.isnan(row).any():
+                    message = "the model gives numbers for it that are not finite"
+                    failed.append({"input": sample.name, "message": message, "hint": None})
+                else:
+                    predictions.append({"input": sample.name} | _chosen(row, names, top))
+            waiting.clear()
+
+    for found in samples(places, predictor.image_shape):
+        if isinstance(found, Problem):
+            failed.append({"input": found.file, "message": found.message, "hint": found.hint})
+            continue
+        waiting.append(found)
+        if len(waiting) == BATCH:
+            ask()
+    ask()
+    return {"samples": len(predictions), "predictions": predictions, "failed": failed}
+
+
+def softmax(logits: Floats) -> NDArray[np.float64]:
+    """Probabilities (N, C) of logits (N, C), in float64; NaN in rows whose largest logit is not finite."""
+    rows = np.asarray(logits, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        shifted = np.exp(rows - rows.max(1, keepdims=True))
+        return shifted / shifted.sum(1, keepdims=True)
+
+
+def _chosen(row: NDArray[np.float64], names: Sequence[str], top: int) -> dict[str, Any]:
+    order = np.argsort(-row, kind="stable")[:top].tolist()  # of equal ones the lower number, as in evaluation
+    best = [{"label": names[i], "class": i, "probability": float(row[i])} for i in order]
+    return best[0] | {"top": best}
+
+
+# -------------------------------------------------------------------------------------------------------------- inputs
+
+
+def samples(places: Sequence[str], shape: Shape) -> Iterator[Sample | Problem]:
+    """Every image of the files and folders, decoded one after the other; a Problem for what is none."""
+    for place in places:
+        path = Path(place)
+        if path.is_dir():
+            inside = list(_walk(path))
+            if not inside:
+                yield Problem("the folder has no image and no array", file=place, hint=_known())
+            for file in inside:
+                yield from _of_file(file, shape)
+        elif not path.exists():
+            yield Problem("there is no such file", file=place)
+        else:
+            yield from _of_file(path, shape)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        wanted = (n for n in sorted(names) if not n.startswith(".") and Path(n).suffix.lower() in EXTENSIONS | ARRAYS)
+        yield from (Path(place, name) for name in wanted)
+
+
+def _known() -> str:
+    return f"looked for {' '.join(sorted(EXTENSIONS | ARRAYS))}"
+
+
+def _of_file(path: Path, shape: Shape) -> Iterator[Sample | Problem]:
+    try:
+        if path.suffix.lower() in ARRAYS:
+            yield from _of_arrays(path, shape)
+        else:
+            yield Sample(str(path), _decoded(path, shape))
+    except KdctlError as error:
+        yield Problem(error.problems[0].message, file=str(path), hint=error.problems[0].hint)
+
+
+def _decoded(path: Path, shape: Shape) -> Floats:
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise KdctlError(f"the model takes images of {channels} channels, which no image file has", hint="give arrays")
+    return _unit(Decoder([str(path)], (height, width), channels)(0).numpy())
+
+
+def _of_arrays(path: Path, shape: Shape) -> Iterator[Sample]:
+    """The images of a .npy file, or of every array of a .npz file that can be images."""
+    arrays = _read(path)
+    for name, array in arrays.items():
+        label = str(path) + (f":{name}" if len(arrays) > 1 else "")
+        images = _channels_first(_checked(array, label), shape, label)
+        for number in range(len(images)):
+            yield Sample(f"{label}[{number}]", _fitted(np.asarray(images[number]), shape))
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        file = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            return {"": file}
+        with file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise KdctlError(f"cannot be read as arrays: {error}") from None
+    images = {name: array for name, array in arrays.items() if array.ndim in (3, 4)}
+    if not images:
+        raise KdctlError(f"has no array of images: {_shapes(arrays)}", hint="(N, H, W), (N, H, W, C) or (N, C, H, W)")
+    return images
+
+
+def _shapes(arrays: dict[str, NDArray[Any]]) -> str:
+    return ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "it is empty"
+
+
+def _checked(array: NDArray[Any], label: str) -> NDArray[Any]:
+    """The array, if it is uint8, or floating point within [0, 1]."""
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise KdctlError(f"{label} is {array.dtype}; images are uint8, or floating point in [0, 1]")
+    if array.dtype.kind == "f" and array.size:
+        low, high = float(array.min()), float(array.max())
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # also where one of them is NaN
+            hint = "divide by 255, or give uint8" if high > 1 else "the model normalises by itself: give plain images"
+            raise KdctlError(f"{label} has values from {low:g} to {high:g}; floating point is in [0, 1]", hint=hint)
+    return array
+
+
+def _channels_first(array: NDArray[Any], shape: Shape, label: str) -> NDArray[Any]:
+    """The array as (N, C, H, W). Which axis the channels are is told by its 1 or 3 entries, else by the model."""
+    if array.ndim == 3 and array.shape[2] not in (1, 3):
+        return array[:, None]
+    if array.ndim == 4:
+        if array.shape[1:] == shape:
+            return array
+        first, last = (array.shape[axis] in (1, 3, shape[0]) for axis in (1, 3))
+        if first != last:
+            return array if first else array.transpose(0, 3, 1, 2)
+        if (array.shape[3], *array.shape[1:3]) == shape:
+            return array.transpose(0, 3, 1, 2)
+    expected = "(N, H, W), (N, H, W, C) or (N, C, H, W)"
+    hint = f"one image is given as (1, ...); the model takes images of {shape} as (C, H, W)"
+    raise KdctlError(f"{label} has shape {array.shape}; expected {expected}", hint=hint)
+
+
+def _fitted(image: NDArray[Any], shape: Shape) -> Floats:
+    """One image (C, H, W) in the channels and the size of the model: the middle of it, resized as image files are."""
+    from PIL import Image, ImageOps
+
+    channels, height, width = shape
+    if image.shape[0] != channels:
+        image = _recoloured(image, channels)
+    if image.shape[1:] != (height, width):
+        mode = np.uint8 if image.dtype == np.uint8 else np.float32
+        planes = [Image.fromarray(np.ascontiguousarray(plane, dtype=mode)) for plane in image]
+        fitted = [ImageOps.fit(plane, (width, height), Image.Resampling.BILINEAR) for plane in planes]
+        image = np.stack([np.asarray(plane) for plane in fitted])
+    return _unit(image)
+
+
+def _recoloured(image: NDArray[Any], channels: int) -> NDArray[Any]:
+    """Grey as colour, or colour as grey by its luma (ITU-R 601), as pillow does it."""
+    if (image.shape[0], channels) == (1, 3):
+        return np.repeat(image, 3, axis=0)
+    if (image.shape[0], channels) != (3, 1):
+        raise KdctlError(f"images of {image.shape[0]} channels; the model takes {channels}")
+    if image.dtype != np.uint8:
+        return (image.astype(np.float32) * _LUMA).sum(0, keepdims=True)
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).convert("L"))[None]
+
+
+def _unit(image: NDArray[Any]) -> Floats:
+    """Pixels as float32 in [0, 1]."""
+    if image.dtype == np.uint8:
+        return image.astype(np.float32) / np.float32(255)
+    return np.clip(image, 0, 1).astype(np.float32)

@@ -1,0 +1,202 @@
+"""`kdctl check --deep`: what it finds, against numbers worked out another way; that it changes and writes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kdctl.cli import app, doctor
+from kdctl.config.expand import load_experiment
+from kdctl.forecast import forecast
+from kdctl.teachers.cached import CachedTeacher
+
+FILE = """\
+name: deep
+data: {kind: digits, limit: 300, batch_size: 50}
+teacher: {kind: digits_cnn, width: 8, train: {epochs: 2}}
+student: {kind: digits_cnn, width: 4}
+losses:
+  - {kind: ce, weight: {0: 1, 1: 0.5}}
+  - {kind: kd, weight: 0.00001, temperature: 2}
+  - {kind: fitnet, weight: {0: 0, 2: 1}, taps: [layer3]}
+optimizer: {kind: adamw, lr: 0.01}
+train: {epochs: 4, device: cpu, threads: 1, precision: fp32}
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep.yaml").write_text(FILE)
+    return tmp_path
+
+
+@pytest.fixture
+def deep(here: Path) -> Callable[..., dict[str, Any]]:
+    """The forecast of the file with overrides, or of another text."""
+
+    def look(*overrides: str, text: str = FILE) -> dict[str, Any]:
+        (here / "deep.yaml").write_text(text)
+        return forecast(load_experiment(here / "deep.yaml", overrides).experiment)
+
+    return look
+
+
+def files(folder: Path) -> dict[str, float]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_stages_models_and_taps(deep: Callable[..., dict[str, Any]]) -> None:
+    found = deep()
+    teacher, student = found["stages"]
+    assert (teacher["name"], teacher["epochs"], teacher["teachers"]) == ("teacher", 2, [])
+    assert (student["samples"], student["steps"], student["batch_size"]) == (300, 6, 50)
+    assert student["input_shape"] == [1, 8, 8]
+    assert student["student"]["parameters"] == 1182 and student["teachers"][0]["parameters"] == 4370
+    assert student["student"]["taps"] == {"layer3": [8, 4, 4]} and student["teachers"][0]["taps"] == {
+        "layer3": [16, 4, 4]
+    }
+    convolutions = 9 * (1 * 4 * 64 + 4 * 4 * 64 + 4 * 8 * 16 + 8 * 8 * 16)
+    assert student["student"]["macs"] == convolutions + 8 * 10
+    assert any("teacher digits_cnn is trained by stage teacher" in note for note in student["notes"])
+
+
+def test_terms_at_their_final_weights(deep: Callable[..., dict[str, Any]]) -> None:
+    student = deep()["stages"][1]
+    terms = {term["name"]: term for term in student["terms"]}
+    assert [term["weight"] for term in terms.values()] == [0.5, 0.00001, 1.0]
+    assert terms["supervised"]["value"] == pytest.approx(2.3, abs=0.3)  # log 10, before the first update
+    for term in terms.values():
+        assert term["weighted"] == pytest.approx(term["weight"] * term["value"])
+    assert sum(term["share"] for term in terms.values()) == pytest.approx(1)
+    adapters = terms["fitnet"]["adapters"]
+    assert sum(part["parameters"] for part in adapters) == 8 * 16 + 2 * 16  # a 1 x 1 convolution, and its batch norm
+    assert not terms["kd"]["adapters"]
+    warned = [text for text in student["warnings"] if text.startswith("losses.kd: ")]
+    assert len(warned) == 1 and "hardly trains the student" in warned[0]
+
+
+def test_a_term_that_drowns_the_others(deep: Callable[..., dict[str, Any]]) -> None:
+    student = deep("losses.kd.weight=1", "losses.fitnet.weight=1e5")["stages"][1]
+    assert any(text.startswith("losses.fitnet: ") and "no say" in text for text in student["warnings"])
+    assert deep("losses.kd.weight=1", "losses.fitnet.weight=1e5", "balance=gradient")["stages"][1]["warnings"] == []
+
+
+def test_a_loss_that_is_not_finite_is_a_warning(deep: Callable[..., dict[str, Any]]) -> None:
+    student = deep("losses.fitnet.weight=1e39", "losses.kd.weight=1")["stages"][1]
+    assert any("not finite" in text and "fitnet" in text for text in student["warnings"])
+
+
+def test_memory(deep: Callable[..., dict[str, Any]]) -> None:
+    memory = deep()["stages"][0]["memory"]
+    assert memory["gradients"] == 4 * 4370
+    assert 4 * 4370 < memory["weights"] < 4 * 4370 + 1000  # statistics of batch norm beside them
+    assert 2 * 4 * 4370 <= memory["optimizer"] <= 2 * 4 * 4370 + 200  # two moments, and a step count a tensor
+    parts = ("weights", "gradients", "optimizer", "teachers", "activations")
+    assert memory["peak"] == sum(memory[name] for name in parts) and memory["how"].startswith("estimated")
+    double = deep("data.batch_size=100")["stages"][0]["memory"]
+    assert double["activations"] == pytest.approx(2 * memory["activations"], rel=0.002)
+
+
+def test_time_is_that_of_all_steps(deep: Callable[..., dict[str, Any]]) -> None:
+    found = deep()
+    for stage in found["stages"]:
+        spent = stage["time"]
+        steps = stage["epochs"] * (stage["steps"] * spent["step_ms"] / 1000 + spent["evaluation_seconds"])
+        assert spent["seconds"] == pytest.approx(steps + spent["before_seconds"])
+    assert found["total"]["seconds"] == pytest.approx(sum(s["time"]["seconds"] for s in found["stages"]), abs=0.1)
+    assert deep("train.max_minutes=0.0001")["stages"][1]["time"]["seconds"] == pytest.approx(0.006)
+
+
+def test_the_store(deep: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = FILE + "teacher_cache: {store: logits}\ncompress: [{kind: prune, ratio: 0.5}, {kind: finetune, epochs: 1}]\n"
+    before = files(Path(os.environ["KDCTL_CACHE"]))
+    monkeypatch.setattr(CachedTeacher, "__call__", lambda *_: pytest.fail("a step would fill the store"))
+    found = deep("data.views=2", "data.augment=[{kind: random_crop, padding: 1}]", text=text)
+    student, finetune = found["stages"][1:]
+    assert student["store"]["rows"] == 2 * 300 + 130  # both views of the training samples, validation once
+    assert student["store"]["bytes"] == 20 * student["store"]["rows"]  # ten logits in fp16
+    assert finetune["store"]["shared_with"] == "student"
+    assert found["total"]["store_bytes"] == student["store"]["bytes"]
+    assert any("prune-0.5 makes" in note for note in finetune["notes"])
+    assert files(Path(os.environ["KDCTL_CACHE"])) == before and not Path("runs").exists()
+
+
+def test_stages_that_start_from_others(deep: Callable[..., dict[str, Any]]) -> None:
+    text = """\
+data: {kind: digits, limit: 100, batch_size: 50}
+student: {kind: digits_cnn, width: 4}
+stages:
+  - {name: big, role: teacher, student: {kind: digits_cnn, width: 8}, epochs: 1}
+  - {name: hints, teacher: {from: big}, losses: [{kind: fitnet, taps: [layer3]}], epochs: 1}
+  - {name: logits, from: hints, teacher: {from: big}, epochs: 1}
+  - {name: none, from: logits, teacher: {from: big}, epochs: 0}
+train: {device: cpu, threads: 1}
+"""
+    stages = deep(text=text)["stages"]
+    assert [s["teachers"][0]["parameters"] for s in stages[1:]] == [4370, 4370, 4370]
+    assert [s["student"]["parameters"] for s in stages] == [4370, 1182, 1182, 1182]
+    assert any("starts from stage hints" in note for note in stages[2]["notes"])
+    assert stages[1]["terms"][0]["share"] == 1.0
+    assert stages[3]["terms"] == [] and stages[3]["time"] is None
+
+
+def test_nothing_is_written_and_no_state_changes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(here), files(Path(os.environ["KDCTL_CACHE"]))
+    torch.manual_seed(3)
+    generator, threads = torch.get_rng_state(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    assert app.run(["check", "deep.yaml", "--deep", "--json"]) == 0
+    assert (files(here), files(Path(os.environ["KDCTL_CACHE"]))) == before
+    assert torch.equal(torch.get_rng_state(), generator) and torch.get_num_threads() == threads
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    document = json.loads(capsys.readouterr().out)
+    assert document["ok"] and document["plan"]["deep"]["stages"][1]["name"] == "student"
+    assert document["plan"]["deep"]["needs"] == []
+    assert "deep" not in _document(["check", "deep.yaml"], capsys)["plan"]
+
+
+def _document(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    app.run([*arguments, "--json"])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_for_people(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def attempt(code: str) -> doctor.Outcome:
+        tried.append(code)
+        return True, "runs a one-layer model"
+
+    monkeypatch.setattr(doctor, "_attempt", attempt)
+    (here / "deep.yaml").write_text(FILE + "compress: [{kind: quantize, dtype: int8}]\nexport: [{kind: onnx}]\n")
+    assert app.run(["check", "deep.yaml", "--deep", "train.epochs=1"]) == 0
+    text = capsys.readouterr().out
+    for expected in (
+        "tap layer3: 8 x 4 x 4", "term", "gradient", "adapter  fitnet: adapters.0", "memory   ", "ms a step",
+        "needs    onnx for int8, onnx: runs a one-layer model", "total    ", "at the weights that the schedules end in",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert len(tried) == 1 and "onnx" in tried[0]
+
+
+def test_the_errors_of_training(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = _document(["check", "deep.yaml", "--deep", "losses.fitnet.taps=[nowhere]"], capsys)
+    assert document["code"] == 3 and "nowhere" in document["errors"][0]["message"]
+    monkeypatch.setattr("kdctl.loggers.base.util", SimpleNamespace(find_spec=lambda name: None))
+    document = _document(["check", "deep.yaml", "--deep", "loggers=[{kind: wandb}]"], capsys)
+    assert document["code"] == 4 and document["errors"][0]["hint"] == "pip install 'kdctl[wandb]'"
+    (here / "deep.yaml").write_text(FILE.replace("kind: digits,", "kind: cifar10, root: ./none, download: true,"))
+    document = _document(["check", "deep.yaml", "--deep", "--offline"], capsys)
+    assert (document["ok"], document["code"]) == (False, 4), document
