@@ -6,6 +6,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+SHARED = ("sharding", "ranks", "elsewhere", "few_sample", "predict", "bench", "snapshots", "browser")
+"""Files `..._<name>.py` whose tests share something that takes long to make: one process runs all of such a file."""
+
+
+class _ByFileWhereShared(LoadScopeScheduling):
+    """Hands out single tests, but for the files of SHARED, which come first and stay together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if file.removesuffix(".py").endswith(tuple(f"_{name}" for name in SHARED)) else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ByFileWhereShared(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -408,7 +408,9 @@ def test_batches_have_no_labels_and_no_real_image() -> None:
     assert loader.few(3).size == 3 and loader.few(8).size == 4
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=pytest.mark.slow if name == "cmi" else []) for name in PRESETS]
+)
 def test_every_preset_trains_and_ships_what_was_validated(preset: str, experiment: Any) -> None:
     loaded = experiment(preset)
     run = trained(loaded)
