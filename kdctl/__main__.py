@@ -19,15 +19,21 @@ def main() -> int:
         return 0
     if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded, which is later
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)
-    from kdctl import launch
     from kdctl.cli.app import run
 
     code = run(sys.argv[1:])
-    if launch.world_size() > 1:  # a thread of torch.distributed that is still at work would abort the interpreter's end
+    # A thread of torch.distributed that is still at work would abort the interpreter's end.
+    if "WORLD_SIZE" in os.environ and _several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _several() -> bool:
+    from kdctl import launch
+
+    return launch.world_size() > 1
 
 
 if __name__ == "__main__":

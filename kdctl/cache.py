@@ -32,7 +32,7 @@ from kdctl.teachers.contents import Contents
 from kdctl.teachers.key import default_folder, nearest
 from kdctl.teachers.live import LiveTeacher
 from kdctl.teachers.store import Store
-from kdctl.watch import StopSignal
+from kdctl.watch import Bar, StopSignal, no_bar
 
 Say = Callable[[str], None]
 _TIMED_BATCHES, _TIMED_SAMPLES = 3, 128
@@ -143,25 +143,26 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def fill(member: Member, say: Say, check: Callable[[], None] = lambda: None) -> int:
+def fill(member: Member, say: Say, check: Callable[[], None] = lambda: None, bar: Bar = no_bar) -> int:
     """Asks the teacher for all rows that are missing, in order and in large batches; how many these were.
 
     check: called after every batch, raises to stop. What was asked until then stays.
     """
     filled, began = 0, time.perf_counter()
-    parts = member.parts
+    waiting = [(part, member.missing(*part)) for part in member.parts]
     try:
-        for number, part in enumerate(parts, 1):
-            rows = member.missing(*part)
-            if not len(rows):
-                continue
-            for batch in member.batches(*part, rows, member.batch_size):
-                member.fill(batch)
-                filled += batch.size
-                check()
-            member.store.flush()
-            rate = filled / (time.perf_counter() - began)
-            say(f"stored {_part_text(*part)} ({number} of {len(parts)}): {len(rows):,} samples, {rate:,.0f}/s")
+        with bar("asking the teacher", sum(len(rows) for _, rows in waiting)) as advance:
+            for number, (part, rows) in enumerate(waiting, 1):
+                for batch in member.batches(*part, rows, member.batch_size) if len(rows) else ():
+                    member.fill(batch)
+                    filled += batch.size
+                    advance(batch.size)
+                    check()
+                if len(rows):
+                    member.store.flush()
+                    rate = filled / (time.perf_counter() - began)
+                    text = f"stored {_part_text(*part)} ({number} of {len(waiting)}): {len(rows):,} samples"
+                    say(f"{text}, {rate:,.0f}/s")
     finally:
         member.store.flush()
     return filled
@@ -180,12 +181,14 @@ def announce(member: Member, spent: Cost) -> str:
     return f"{text}; the nearest, {near[0].name}, differs: {'; '.join(near[1])}" if near else text
 
 
-def fill_before(members: Sequence[Member], say: Say, check: Callable[[], None] = lambda: None) -> int:
+def fill_before(
+    members: Sequence[Member], say: Say, check: Callable[[], None] = lambda: None, bar: Bar = no_bar
+) -> int:
     """Builds what is missing of each store, its cost said first; how many rows that were."""
     filled = 0
     for member in members:
         say(announce(member, cost(member)))
-        filled += fill(member, say, check)
+        filled += fill(member, say, check, bar)
     return filled
 
 
@@ -236,13 +239,13 @@ def show(experiment: Experiment, data: Data) -> dict[str, Any]:
     return {"stores": [_describe(member, cost(member)) for member in members], "notes": notes}
 
 
-def build_stores(experiment: Experiment, data: Data, say: Say) -> dict[str, Any]:
+def build_stores(experiment: Experiment, data: Data, say: Say, bar: Bar = no_bar) -> dict[str, Any]:
     """Fills every store whose teacher is at hand. Interrupted, it goes on from there when called again."""
     members, notes = _open(experiment, data)
     began = time.perf_counter()
     with StopSignal() as stop:
         where = "while building; what is stored stays, and `kdctl cache build` goes on"
-        filled = fill_before(members, say, lambda: stop.check(where))
+        filled = fill_before(members, say, lambda: stop.check(where), bar)
     seconds = round(time.perf_counter() - began, 3)
     described = [_describe(member, None) for member in members]
     return {"stores": described, "filled": filled, "seconds": seconds, "notes": notes}

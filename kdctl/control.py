@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdctl import registry, runs
+from kdctl import ranks, registry, runs
 from kdctl.config.schema import Component, Experiment, LossSpec, ModelSpec, TapPair, TeacherSpec, TrainStage
 from kdctl.errors import ConfigError, Problem, UsageError, did_you_mean
 from kdctl.losses.base import Loss
+from kdctl.methods.base import Method
 from kdctl.runs import Run
 
 SHARED = "teachers"
@@ -26,19 +27,22 @@ Files = dict[str, Path]
 @dataclass(frozen=True)
 class Made:
     """The runs that a control may be made from. first: the group's first main run, which has its teachers; same_seed:
-    the finished runs of the control's own seed by role, `main` or a control's name."""
+    the finished runs of the control's own seed by role, `main` or a control's name; seeds: those of every seed."""
 
     first: Run
     same_seed: Mapping[str, Run]
+    seeds: Sequence[Mapping[str, Run]]
 
 
 @dataclass(frozen=True)
 class Control:
-    """A control run of a group: in one line what it is, whether it must show no gain, and how it is made."""
+    """A control run of a group: in one line what it is, how it is made, whether it must show no gain, and whether it is
+    made of the runs of all seeds, once these are done."""
 
     what: str
     make: Callable[[Experiment, Made], tuple[Experiment, Files]]
     placebo: bool = False
+    last: bool = False
 
 
 def parse_controls(text: str) -> list[str]:
@@ -62,6 +66,22 @@ def check_controls(experiment: Experiment, names: Sequence[str]) -> None:
     if needs_teacher and not taught:
         message = f"the controls {', '.join(needs_teacher)} replace the teacher, and this experiment has none"
         raise ConfigError(Problem(message, key="teacher", hint="leave them out"))
+    for stage in _student_stages(experiment):
+        if stage.teachers:
+            _check_replaced(experiment, stage, names)
+
+
+def _check_replaced(experiment: Experiment, stage: TrainStage, names: Sequence[str]) -> None:
+    """Refuses another teacher for a stage that cannot have it."""
+    size = stage.data.batch_size or experiment.data.batch_size
+    if "shuffled_labels" in names and size < 2 * stage.accumulate * ranks.current().size:
+        message = f"a batch of {size} samples in {stage.accumulate * ranks.current().size} parts leaves no other sample"
+        hint = "shuffled_labels gives answers to the next sample of a part: leave it out, or take larger batches"
+        raise ConfigError(Problem(message, key="data.batch_size", hint=hint))
+    method: type[Method] = registry.load(registry.find("methods", stage.method.kind))
+    if "self" in names and method.prepare is not Method.prepare:
+        message = f"the method {stage.method.kind} fits student and teacher to each other, and not to the baseline"
+        raise ConfigError(Problem(message, key="method", hint="leave self out of --controls"))
 
 
 def _student_stages(experiment: Experiment) -> list[TrainStage]:
@@ -142,17 +162,26 @@ def _smoothed(experiment: Experiment) -> Experiment:
 
 
 def _for_as_long(experiment: Experiment, made: Made) -> tuple[Experiment, Files]:
-    """The control with as many epochs as fit into the seconds that the distillation of this seed took."""
+    """The control with as many epochs as fit into the seconds that a distillation took, as many for every seed.
+
+    These are averages over the seeds: with a store the first one asked the teacher for all of them. What the baseline's
+    epochs take follows from those that it trained: it may have stopped early.
+    """
     alone = control(experiment)
-    names = [stage.name for stage in alone.train_stages]
-    main, plain = (_seconds(made.same_seed[role], names) for role in ("main", BASELINE))
+    main = plain = 0.0
+    for runs_of_seed in made.seeds:
+        spent = runs_of_seed["main"].info.get("seconds", {})
+        main += sum(spent.get(stage.name, 0.0) for stage in alone.train_stages)
+        plain += sum(_seconds_an_epoch(runs_of_seed[BASELINE], s.name) * s.epochs for s in alone.train_stages)
     factor = max(1.0, main / plain) if plain > 0 else 1.0
     stages = [s.model_copy(update={"epochs": round(s.epochs * factor)}) for s in alone.train_stages]
     return alone.model_copy(update={"stages": stages}), {}
 
 
-def _seconds(run: Run, stages: Sequence[str]) -> float:
-    return sum(seconds for name, seconds in run.info.get("seconds", {}).items() if name in stages)
+def _seconds_an_epoch(run: Run, stage: str) -> float:
+    """What an epoch of a finished stage took on average; 0 where it had none."""
+    epochs = runs.read_json(run.stage_dir(stage) / "result.json")["epochs"]
+    return run.info.get("seconds", {}).get(stage, 0.0) / epochs if epochs else 0.0
 
 
 # ---------------------------------------------------------------------------------------------- with another teacher
@@ -161,7 +190,8 @@ def _seconds(run: Run, stages: Sequence[str]) -> float:
 def with_shared_teachers(experiment: Experiment, first: Run) -> tuple[Experiment, Files]:
     """The experiment with the teachers that the group's first run trained, and the files that its run is given.
 
-    The weights are named relative to the new run, which holds a copy: it stays whole when it is moved.
+    The weights are named relative to the new run, which holds a copy: it stays whole when it is moved. A stage
+    that goes on from such a model has it as its student, with these weights.
     """
     made = {s.name for s in experiment.train_stages if s.role in ("teacher", "assistant")}
     files: Files = {}
@@ -176,8 +206,12 @@ def with_shared_teachers(experiment: Experiment, first: Run) -> tuple[Experiment
     stages: list[Any] = []
     for stage in experiment.stages:
         if isinstance(stage, TrainStage) and stage.name not in made:
-            teachers = [shared(t) for t in stage.teachers]
-            stage = _taught_by(stage, teachers).model_copy(update={"student": shared(stage.student)})
+            stage = _taught_by(stage, [shared(t) for t in stage.teachers])
+            student = stage.student
+            if stage.start in made:
+                student = (student or experiment.student).model_copy(update={"stage": stage.start, "weights": None})
+                stage = stage.model_copy(update={"start": "fresh"})
+            stage = stage.model_copy(update={"student": shared(student)})
         product = stage in experiment.products
         if stage.name not in made and not (
             product and experiment.origin(stage).name in made
@@ -259,7 +293,9 @@ CONTROLS: dict[str, Control] = {
         "the same student without a teacher: its terms gone, the supervised weights scaled to 1",
         lambda experiment, _: (control(experiment), {}),
     ),
-    "equal_time": Control("the baseline, trained for as many epochs as fit into the distillation's time", _for_as_long),
+    "equal_time": Control(
+        "the baseline, trained for as many epochs as fit into the distillation's time", _for_as_long, last=True
+    ),
     "label_smoothing": Control(
         f"the baseline with label smoothing {SMOOTHING}: soft labels that know nothing",
         lambda experiment, _: (_smoothed(experiment), {}),
@@ -268,4 +304,4 @@ CONTROLS: dict[str, Control] = {
     "shuffled_labels": Control("the teacher's answers, each given to another sample", _shuffled, placebo=True),
     "self": Control("the baseline student as its own teacher", _by_itself),
 }
-"""In the order in which they are run: some are made from those before them."""
+"""In the order of reports, in which those of a seed are run too: some are made from those before them."""

@@ -32,6 +32,7 @@ from kdctl.signals import find_logits
 from kdctl.tasks.base import Task
 from kdctl.tasks.classification import Classification
 from kdctl.teachers.base import Teacher
+from kdctl.watch import Bar, no_bar
 
 Floats = NDArray[np.float32]
 
@@ -100,13 +101,17 @@ def batches(split: Split, batch_size: int) -> Iterator[tuple[Floats, NDArray[np.
         yield batch.inputs.numpy(), batch.targets.numpy(), batch.index.numpy()
 
 
-def predict(predictor: Predictor, split: Split, batch_size: int) -> Predictions:
-    """Runs a predictor over a whole split, each sample once, clean."""
+def predict(
+    predictor: Predictor, split: Split, batch_size: int, bar: Bar = no_bar, what: str = "evaluating"
+) -> Predictions:
+    """Runs a predictor over a whole split, each sample once, clean. bar: shows how far it is, in samples."""
     logits, targets, index = [], [], []
-    for images, target, number in batches(split, predictor.fixed_batch or batch_size):
-        logits.append(predictor(images))
-        targets.append(target)
-        index.append(number)
+    with bar(what, len(split)) as advance:
+        for images, target, number in batches(split, predictor.fixed_batch or batch_size):
+            logits.append(predictor(images))
+            targets.append(target)
+            index.append(number)
+            advance(len(target))
     return Predictions(np.concatenate(logits), np.concatenate(targets), np.concatenate(index))
 
 
@@ -167,6 +172,7 @@ def evaluate_run(
     data: Data | None = None,
     with_teacher: bool = True,
     device: str = "cpu",
+    bar: Bar = no_bar,
 ) -> dict[str, Any]:
     """Measures a run's student and its teacher on the same samples, both loaded from disk, in fp32.
 
@@ -181,12 +187,12 @@ def evaluate_run(
     student = load_student(run, experiment, checkpoint)
     build.check_fits(student.record, data, "student")
     predictor = TorchPredictor(quick(student), device)
-    predictions = predict(predictor, samples, size)
+    predictions = predict(predictor, samples, size, bar, f"student, {split}")
     fitted = checkpoint == "best" and split != "val" and data.val is not None and isinstance(task, Classification)
     splits = [split, "val"] if fitted else [split]
-    val = predict(predictor, data.split("val"), size) if fitted else None
+    val = predict(predictor, data.split("val"), size, bar, "student, val") if fitted else None
     document = describe(predictions, task, data, val) | {"split": split, "checkpoint": checkpoint}
-    said, notes = ask_teachers(run, experiment, data, splits, device) if with_teacher else (None, [])
+    said, notes = ask_teachers(run, experiment, data, splits, device, bar) if with_teacher else (None, [])
     teacher = None if said is None else said[split]
     document |= {"teacher": None, "agreement": None, "notes": notes}
     if said is not None and teacher is not None:
@@ -202,7 +208,9 @@ def evaluate_run(
     return document
 
 
-def evaluate_config(experiment: Experiment, split: str = "test", device: str = "cpu") -> dict[str, Any]:
+def evaluate_config(
+    experiment: Experiment, split: str = "test", device: str = "cpu", bar: Bar = no_bar
+) -> dict[str, Any]:
     """Measures the student that a file names with its weights, without a run: nothing is trained or written.
 
     Raises MissingError where the student has no weights.
@@ -212,7 +220,8 @@ def evaluate_config(experiment: Experiment, split: str = "test", device: str = "
         raise MissingError(Problem("the student has no weights to measure", key="student.weights", hint=hint))
     data, task = build.build_data(experiment), build.build_task(experiment)
     student = build.build_model(experiment.student, data, "student")
-    predictions = predict(TorchPredictor(quick(student), device), data.split(split), experiment.data.eval_batch_size)
+    predictor, size = TorchPredictor(quick(student), device), experiment.data.eval_batch_size
+    predictions = predict(predictor, data.split(split), size, bar, f"student, {split}")
     return describe(predictions, task, data) | {"split": split, "teacher": None, "agreement": None, "notes": []}
 
 
@@ -284,7 +293,7 @@ def predict_teacher(
 
 
 def ask_teachers(
-    run: Run, experiment: Experiment, data: Data, splits: Sequence[str], device: str = "cpu"
+    run: Run, experiment: Experiment, data: Data, splits: Sequence[str], device: str = "cpu", bar: Bar = no_bar
 ) -> tuple[dict[str, Predictions] | None, list[str]]:
     """What the last stage's teacher says of each of some splits, in fp32; the mean of the logits of several.
 
@@ -297,17 +306,19 @@ def ask_teachers(
         teachers = load_teachers(run, experiment, data)
     except MissingError as error:
         return None, [f"the teacher was not measured: {error}"]
-    return {name: _mean_logits(teachers, experiment, data, name, device) for name in splits}, []
+    return {name: _mean_logits(teachers, experiment, data, name, device, bar) for name in splits}, []
 
 
-def _mean_logits(teachers: Sequence[Model], experiment: Experiment, data: Data, split: str, device: str) -> Predictions:
+def _mean_logits(
+    teachers: Sequence[Model], experiment: Experiment, data: Data, split: str, device: str, bar: Bar
+) -> Predictions:
     stage, size = experiment.student_stage, experiment.data.eval_batch_size
     samples = data.split(split)
     said: list[Floats] = []
     for number, model in enumerate(teachers):
 
         def measure(model: Model = model) -> Floats:
-            return predict(TorchPredictor(quick(model), device), samples, size).logits
+            return predict(TorchPredictor(quick(model), device), samples, size, bar, f"teacher, {split}").logits
 
         kept = experiment.teacher_cache is not None and device == "cpu"
         said.append(clean_logits(experiment, stage, number, model, data, split, measure) if kept else measure())

@@ -64,25 +64,31 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
         reporter.say(f"run {run}")
         return _run_new(run, experiment, reporter, data)
     check_controls(experiment, plan.controls)
-    first = experiment.train.seed
-    roles = [MAIN, *sorted({BASELINE, *plan.controls}, key=list(CONTROLS).index)] if plan.controls else [MAIN]
-    members = [_new_member(role, seed) for seed in range(first, first + plan.seeds) for role in roles]
+    members = _members(range(experiment.train.seed, experiment.train.seed + plan.seeds), plan.controls)
     document = {
         "format": runs.FORMAT, "name": experiment.name, "source": plan.source, "agents": plan.agents,
         "members": members,
     }  # fmt: skip
     group = runs.create_group(experiment.name, document)
-    runs.write_text(group.with_suffix(".yaml"), dump_yaml(experiment))
+    _keep_experiment(group, experiment)
     reporter.say(f"group {group}: {len(members)} runs")
     del data  # each run reads its own
-    return _run_group(group, experiment, reporter)
+    return _run_group(group, _experiment_of(group), reporter)
 
 
-def _new_member(role: str, seed: int) -> dict[str, Any]:
-    """A member of a group whose run is not made yet."""
-    if role == MAIN:
-        return {"role": "main", "control": None, "seed": seed, "run": None}
-    return {"role": "control", "control": role, "seed": seed, "run": None}
+def _members(seeds: Sequence[int], controls: Sequence[str]) -> list[dict[str, Any]]:
+    """The members of a group, without runs yet: by seed, and at the end the controls that are made of all seeds."""
+    names = sorted({BASELINE, *controls}, key=list(CONTROLS).index) if controls else []
+    roles = [MAIN, *(name for name in names if not CONTROLS[name].last)]
+    order = [(role, seed) for seed in seeds for role in roles]
+    order += [(name, seed) for name in names if CONTROLS[name].last for seed in seeds]
+    return [
+        {
+            "role": "main" if role == MAIN else "control", "control": None if role == MAIN else role,
+            "seed": seed, "run": None,
+        }
+        for role, seed in order
+    ]  # fmt: skip
 
 
 def resume(run: Run, reporter: Reporter, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -100,8 +106,7 @@ def _group_of(run: Run) -> Path:
 def _continue(run: Run, reporter: Reporter, overrides: Sequence[str] = ()) -> dict[str, Any]:
     group = _group_of(run)
     if group.is_file():
-        experiment = load_experiment(group.with_suffix(".yaml"), require_files=False).experiment
-        return _run_group(group, experiment, reporter, overrides)
+        return _run_group(group, _experiment_of(group), reporter, overrides)
     return run_stages(run, load_run(run, overrides), reporter)
 
 
@@ -138,8 +143,8 @@ def _create_run(
     )  # fmt: skip
 
 
-def _with_local_code(experiment: Experiment) -> tuple[Experiment, dict[str, Path]]:
-    """The experiment with the user's own component files named in the run's `code/`, and those files."""
+def _with_local_code(experiment: Experiment, folder: str = "code") -> tuple[Experiment, dict[str, Path]]:
+    """The experiment with the user's own component files named in a folder of the run or group, and those files."""
     files: dict[str, Path] = {}
 
     def local(value: Any) -> Any:
@@ -147,19 +152,19 @@ def _with_local_code(experiment: Experiment) -> tuple[Experiment, dict[str, Path
             return [local(item) for item in value]
         if not isinstance(value, dict):
             return value
-        return {k: _local_kind(v, files) if k == "kind" else local(v) for k, v in value.items()}
+        return {k: _local_kind(v, files, folder) if k == "kind" else local(v) for k, v in value.items()}
 
     return Experiment.model_validate(local(plain(experiment))), files
 
 
-def _local_kind(kind: Any, files: dict[str, Path]) -> Any:
+def _local_kind(kind: Any, files: dict[str, Path], folder: str) -> Any:
     """The kind as the run names it; a second file of the same name gets a name of its own."""
     if not isinstance(kind, str) or not registry.is_file_kind(kind):
         return kind
     place, _, name = kind.rpartition(":")
     path = Path(place)
     numbered = (path.name if n == 1 else f"{path.stem}_{n}{path.suffix}" for n in itertools.count(1))
-    copy = next(f"code/{c}" for c in numbered if files.get(f"code/{c}", path) == path)
+    copy = next(f"{folder}/{c}" for c in numbered if files.get(f"{folder}/{c}", path) == path)
     files[copy] = path
     return f"./{copy}:{name}"
 
@@ -176,6 +181,20 @@ def _run_new(run: Run, experiment: Experiment, reporter: Reporter, data: Data | 
 
 
 # ------------------------------------------------------------------------------------------------------------- groups
+
+
+def _keep_experiment(group: Path, experiment: Experiment) -> None:
+    """Writes the group's experiment beside its file, with copies of the user's own component files: all members have
+    the same code, whatever becomes of the originals, and the group goes on where it is moved to."""
+    local, files = _with_local_code(experiment, group.with_suffix(".code").name)
+    for place, file in files.items():
+        (group.parent / place).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, group.parent / place)
+    runs.write_text(group.with_suffix(".yaml"), dump_yaml(local))
+
+
+def _experiment_of(group: Path) -> Experiment:
+    return load_experiment(group.with_suffix(".yaml"), require_files=False).experiment
 
 
 def _member(experiment: Experiment, role: str, seed: int, made: Made | None) -> tuple[Experiment, dict[str, Path]]:
@@ -203,7 +222,7 @@ def _run_group(
             if member["run"] is None:
                 run = _made_before(group, member)
                 if run is None:
-                    made = None if first is None else Made(first, same_seed)
+                    made = None if first is None else Made(first, same_seed, list(done.values()))
                     mine, files = _member(experiment, role, seed, made)
                     run = _create_run(
                         mine, document["source"], role, f"groups/{group.name}",
@@ -220,8 +239,7 @@ def _run_group(
         document["result"] = summarize_group(document["members"], group, experiment)
         runs.write_json(group, document)
         for member in document["members"]:
-            if role_of(member) == MAIN:  # its card can now tell what the group shows
-                write_card(Run(group.parent.parent / member["run"]))
+            write_card(Run(group.parent.parent / member["run"]))  # which can now tell what the group shows
     return document["result"]
 
 
@@ -252,4 +270,5 @@ def _run_member(
             if all(m["run"] is None for m in document["members"]):
                 for path in (group, group.with_suffix(".yaml")):
                     path.unlink()
+                shutil.rmtree(group.with_suffix(".code"), ignore_errors=True)
         raise

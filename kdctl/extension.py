@@ -15,7 +15,9 @@ from kdctl.config.recipe import Extended
 from kdctl.config.schema import Experiment
 from kdctl.device import apply_settings
 from kdctl.errors import Interrupted
+from kdctl.loggers.base import Listeners
 from kdctl.pipeline import Logged, run_products
+from kdctl.provenance import renew_config_hash
 from kdctl.report.card import write_card
 from kdctl.runs import Run
 from kdctl.watch import Reporter, StopSignal
@@ -42,9 +44,11 @@ def extend(run: Run, more: Extended, reporter: Reporter, measured: Yardstick | N
             run.update(status="running", stages=kept | dict.fromkeys(more.waiting, "waiting"))
             apply_settings(more.experiment.train)
             own = yardstick(run, more.experiment, reporter) if measured is None else contextlib.nullcontext(measured)
-            with own as against:
+            with _listeners(run, more, reporter) as listeners, own as against:
                 against.experiment = more.experiment
-                documents = run_products(against, more.names, Logged(run, reporter), stop)
+                documents = run_products(against, more.names, Logged(run, reporter, listeners), stop)
+                if listeners is not None:
+                    listeners.finish(runs.read_json(run / "summary.json") | {"artefacts": documents})
         except (Interrupted, KeyboardInterrupt) as stopped:
             run.update(status="interrupted")
             if isinstance(stopped, Interrupted):
@@ -59,8 +63,15 @@ def extend(run: Run, more: Extended, reporter: Reporter, measured: Yardstick | N
                 _remove(run, name)  # it was made of a model that another has replaced
         else:
             _take_back(run, more, before)  # a gate was missed, and what would come after it is not asked for
+        renew_config_hash(run)
         write_card(run)
     return documents
+
+
+def _listeners(run: Run, more: Extended, reporter: Reporter) -> contextlib.AbstractContextManager[Listeners | None]:
+    """The run's loggers where a stage trains; the others have nothing to tell them."""
+    trains = any(stage.name in more.waiting for stage in more.experiment.train_stages)
+    return Listeners(run, more.experiment, Logged(run, reporter).say) if trains else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def forecast(experiment: Experiment, say: Callable[[str], None] = lambda text: N
         stores = [] if whole.teacher_cache is None else cache.show(whole, data)["stores"]
         documents, filled = [], dict[str, str]()
         for draft in drafts:
-            say(f"stage {draft.stage.name}: built, and a few steps of it timed")
+            say(f"stage {draft.stage.name}: building it, and timing a few steps ...")
             store = _store([s for s in stores if s["stage"] == draft.stage.name], draft, filled)
             documents.append(_stage(whole, draft, data, store))
     return {

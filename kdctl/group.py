@@ -16,6 +16,10 @@ from kdctl.runs import Run
 from kdctl.tasks.base import Task
 
 MAIN = "main"
+_OTHER_SPLITS = {
+    "val": "the best checkpoint of each run was picked on it, so values are too high",
+    "train": "values say nothing about other samples",
+}
 Members = Mapping[str, Mapping[int, Run]]
 """The finished runs by role, `main` or a control's name, and by seed."""
 
@@ -32,10 +36,11 @@ def summarize_group(members: Sequence[Mapping[str, Any]], group: Path, experimen
     for member in members:
         run = Run(group.parent.parent / member["run"])
         by_role.setdefault(role_of(member), {})[member["seed"]] = run
+    by_role = {role: by_role[role] for role in (MAIN, *CONTROLS) if role in by_role}
     seeds = [_seed(seed, by_role, task) for seed in by_role[MAIN]]
     lead = runs.read_json(next(iter(by_role[MAIN].values())) / "summary.json")
     summary = _summary(seeds, by_role, task.primary)
-    statements = state(summary)
+    statements = state(summary, _split(next(iter(by_role[MAIN].values()))))
     made = [runs.read_json(path / "result.json") for run in by_role[MAIN].values() for path in run.artefacts]
     first = seeds[0]["baseline"]
     return lead | {
@@ -46,7 +51,24 @@ def summarize_group(members: Sequence[Mapping[str, Any]], group: Path, experimen
         "verdict": statements[0],
         "statements": statements,
         "artefacts": made,
+        "notes": [*lead["notes"], *_ended_early(by_role)],
     }
+
+
+def _ended_early(by_role: Members) -> list[str]:
+    """Which roles have runs that did not train all of their epochs, and why: budgets are no longer equal then."""
+    notes = []
+    for role, found in by_role.items():
+        ends = [
+            [runs.read_json(path)["finished"] for path in run.path.glob("stages/*/result.json")]
+            for run in found.values()
+        ]
+        cut = [end.partition(":")[0] for of_run in ends for end in of_run if end != "all epochs done"]
+        if cut:
+            number = sum(any(end != "all epochs done" for end in of_run) for of_run in ends)
+            why = ", ".join(dict.fromkeys(cut))
+            notes.append(f"{role}: {number} of {len(found)} runs ended before their last epoch: {why}")
+    return notes
 
 
 def _seed(seed: int, by_role: Members, task: Task) -> dict[str, Any]:
@@ -64,18 +86,24 @@ def _seed(seed: int, by_role: Members, task: Task) -> dict[str, Any]:
 
 
 def _measured(run: Run) -> dict[str, Any]:
-    summary = runs.read_json(run / "summary.json")
+    """What a run measured. `test`: on the split that is its headline, which without a test split is another."""
+    summary, split = runs.read_json(run / "summary.json"), _split(run)
     best, last = summary["student"]["best"], summary["student"]["last"]
-    split = next(k for k in best if k not in ("epoch", "val"))
     return {
         "test": best[split], "last": last[split], "agreement": summary["agreement"], "epochs": summary["epochs"],
         "seconds": summary["seconds"],
     }  # fmt: skip
 
 
+def _split(run: Run) -> str:
+    """The split that a run's summary is about: test, or what stands in for it."""
+    return str(next(iter(runs.read_json(run / "summary.json")["student"]["last"])))
+
+
 def _agreement(control: Run, main: Run, task: Task) -> float | None:
     """How often a control chooses as the group's teacher does, from the predictions that both runs kept."""
-    said = [run / "eval" / name for run, name in ((control, "test.npz"), (main, "test.teacher.npz"))]
+    split = _split(main)
+    said = [run / "eval" / name for run, name in ((control, f"{split}.npz"), (main, f"{split}.teacher.npz"))]
     if not all(path.exists() for path in said):
         return None
     with np.load(said[0]) as own, np.load(said[1]) as teacher:
@@ -131,11 +159,12 @@ def _control(role: str, seeds: Sequence[dict[str, Any]], metric: str) -> dict[st
 # --------------------------------------------------------------------------------------------------------- statements
 
 
-def state(summary: Mapping[str, Any]) -> list[str]:
+def state(summary: Mapping[str, Any], split: str = "test") -> list[str]:
     """What the numbers of a group say, in sentences; the first is the claim, which the others can only weaken.
 
     A gain over the baseline counts as the teacher's only where every placebo lacks it: a placebo that gains as well, or
-    that the student does not beat, is named in the claim itself.
+    that the student does not beat, is named in the claim itself. split: what was measured; that it is not the test
+    split is said last.
     """
     if "gain" not in summary:
         return ["no control was run: --with-baseline trains the same student without its teacher"]
@@ -146,11 +175,16 @@ def state(summary: Mapping[str, Any]) -> list[str]:
         over, against = _result(control["gain"]), _result(control["against_baseline"])
         if control["placebo"]:
             others.append(f"placebo {role} against the baseline: {stats.verdict(against)}")
-            doubts += [role] if stats.is_gain(against) else []
+            alike = (
+                against.ci95 is None and against.mean > 0
+            )  # all seeds gain the same: no interval says that it is luck
+            doubts += [role] if stats.is_gain(against) or alike else []
         others.append(f"against {role}: {stats.verdict(over)}")
         doubts += [role] if stats.is_gain(gain) and not stats.is_gain(over) else []
     if stats.is_gain(gain) and doubts:
         claim += f"; but it is not shown to come from the teacher: see {', '.join(dict.fromkeys(doubts))}"
+    if split != "test":
+        others.append(f"measured on the {split} split, for there is no test split: {_OTHER_SPLITS[split]}")
     return [claim, *others]
 
 

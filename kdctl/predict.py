@@ -24,6 +24,7 @@ from kdctl.evaluate import Floats, Predictor, TorchPredictor, quick
 from kdctl.export import manifest
 from kdctl.models.record import load_model
 from kdctl.runs import Run
+from kdctl.watch import Bar, no_bar
 
 BATCH = 128
 ARRAYS = {".npy", ".npz"}
@@ -52,12 +53,12 @@ def open_artefact(folder: Path) -> Any:
     return open_file(str(made["target"]), folder / made["model"])
 
 
-def predict_files(predictor: Predictor, places: Sequence[str], top: int = 1) -> dict[str, Any]:
+def predict_files(predictor: Predictor, places: Sequence[str], top: int = 1, bar: Bar = no_bar) -> dict[str, Any]:
     """What a predictor says of files and of all that lies in folders: `predictions` and `failed`, in order.
 
     A prediction is {input, label, class, probability, top}: the most probable class and, in `top`, that many of them;
     probabilities are softmax in float64. Each file or image that cannot be read is one of `failed` {input, message,
-    hint} and does not keep the others from being predicted.
+    hint} and does not keep the others from being predicted. bar: shows how far it is, in images.
     """
     names = [str(number) for number in range(predictor.num_classes)]
     known = getattr(predictor, "class_names", None) or []
@@ -77,14 +78,16 @@ def predict_files(predictor: Predictor, places: Sequence[str], top: int = 1) -> 
                     predictions.append({"input": sample.name} | _chosen(row, names, top))
             waiting.clear()
 
-    for found in samples(places, predictor.image_shape):
-        if isinstance(found, Problem):
-            failed.append({"input": found.file, "message": found.message, "hint": found.hint})
-            continue
-        waiting.append(found)
-        if len(waiting) == BATCH:
-            ask()
-    ask()
+    with bar("predicting", _count(places)) as advance:
+        for found in samples(places, predictor.image_shape):
+            advance(1)
+            if isinstance(found, Problem):
+                failed.append({"input": found.file, "message": found.message, "hint": found.hint})
+                continue
+            waiting.append(found)
+            if len(waiting) == BATCH:
+                ask()
+        ask()
     return {"samples": len(predictions), "predictions": predictions, "failed": failed}
 
 
@@ -126,6 +129,12 @@ def _walk(folder: Path) -> Iterator[Path]:
         folders.sort()
         wanted = (n for n in sorted(names) if not n.startswith(".") and Path(n).suffix.lower() in EXTENSIONS | ARRAYS)
         yield from (Path(place, name) for name in wanted)
+
+
+def _count(places: Sequence[str]) -> int | None:
+    """How many images there are to be read; None where arrays are among them, which only tell once they are read."""
+    files = [file for place in places for file in (_walk(Path(place)) if Path(place).is_dir() else [Path(place)])]
+    return None if any(file.suffix.lower() in ARRAYS for file in files) else len(files)
 
 
 def _known() -> str:

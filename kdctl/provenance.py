@@ -41,6 +41,13 @@ def write_provenance(run: Run, experiment: Experiment, data: Data) -> None:
     runs.write_json(run / FILE, document)
 
 
+def renew_config_hash(run: Run) -> None:
+    """Takes down the hash of config.yaml anew, to which `kdctl compress` and `kdctl export` add the stages they run."""
+    if (run / FILE).is_file():
+        changed = {"config_sha256": hashlib.sha256(run.config.read_bytes()).hexdigest()}
+        runs.write_json(run / FILE, runs.read_json(run / FILE) | changed)
+
+
 def _teachers(run: Run, experiment: Experiment, data: Data) -> list[dict[str, Any]]:
     specs = experiment.student_stage.teachers
     hashes: list[str | None] = [None] * len(specs)

@@ -326,6 +326,8 @@ def find(text: str | None = None, root: Path = ROOT) -> Run:
         if main:
             return max(main, key=lambda run: int(run.path.name))
     known = [str(run) for run in all_runs(root)]
+    if "artefacts" in Path(text).parts:
+        known = [str(folder) for run in all_runs(root) for folder in run.artefacts]
     hint = did_you_mean(text, known) or "`kdctl list runs` shows what is there"
     raise MissingError(f"there is no run at '{text}'", hint=hint)
 

@@ -41,12 +41,18 @@ class Argument:
 
 @dataclass(frozen=True)
 class ClassSource:
-    """What the source of a class says. accepts_any: further arguments are taken, or cannot be known."""
+    """What the source of a class says.
+
+    accepts_any: further arguments are taken, or cannot be known. bases: the names of all classes that it derives from.
+    functions: those that it defines or inherits.
+    """
 
     parameters: tuple[Argument, ...] = ()
     doc: str = ""
     accepts_any: bool = False
     attributes: dict[str, Any] = field(default_factory=dict)
+    bases: frozenset[str] = frozenset()
+    functions: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -141,36 +147,47 @@ def _describe(module: _Module, path: str, modified: int, node: ast.ClassDef, hop
         attributes.update(base.attributes)
     attributes.update(_literal_attributes(node))
     doc = ast.get_docstring(node) or next((b.doc for b in bases if b.doc), "")
+    names = frozenset(map(_last_name, node.bases)).union(*(base.bases for base in bases))
+    functions = frozenset(n.name for n in node.body if isinstance(n, ast.FunctionDef))
+    functions = functions.union(*(base.functions for base in bases))
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
     if init is None:
         if node.decorator_list:  # a dataclass or the like: its __init__ is made when it is imported
-            return ClassSource((), doc, True, attributes)
+            return ClassSource((), doc, True, attributes, names, functions)
         parameters = next((b.parameters for b in bases if b.parameters), ())
-        return ClassSource(parameters, doc, any(b.accepts_any for b in bases), attributes)
+        return ClassSource(parameters, doc, any(b.accepts_any for b in bases), attributes, names, functions)
     own = _arguments(init)
     accepts_any = init.args.kwarg is not None
     if accepts_any and bases and _hands_on(init):
-        names = {p.name for p in own}
-        own += tuple(p for p in bases[0].parameters if p.name not in names)
+        known = {p.name for p in own}
+        own += tuple(p for p in bases[0].parameters if p.name not in known)
         accepts_any = bases[0].accepts_any
-    return ClassSource(own, doc, accepts_any, attributes)
+    return ClassSource(own, doc, accepts_any, attributes, names, functions)
 
 
 def _bases(module: _Module, path: str, modified: int, node: ast.ClassDef, hops: int) -> list[ClassSource]:
     found = []
     for base in node.bases:
-        if isinstance(base, ast.Subscript):
-            base = base.value
-        last = base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
+        last = _last_name(base)
         if last in _ROOTS:
             continue
         try:
-            if hops >= _MAX_HOPS or not isinstance(base, ast.Name):
+            if hops >= _MAX_HOPS or not isinstance(_bare(base), ast.Name):
                 raise SourceError("not followed")
             found.append(_read(path, modified, module.name, last, hops + 1))
         except SourceError:
             found.append(ClassSource(accepts_any=True))
     return found
+
+
+def _bare(base: ast.expr) -> ast.expr:
+    return base.value if isinstance(base, ast.Subscript) else base
+
+
+def _last_name(base: ast.expr) -> str:
+    """The name of a base class, without its module."""
+    base = _bare(base)
+    return base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
 
 
 def _arguments(init: ast.FunctionDef) -> tuple[Argument, ...]:

@@ -34,7 +34,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedResult(Interval):
-    """An Interval of the differences treatment - control, with the two-sided p-value of "no difference"."""
+    """An Interval of the differences treatment - control, with the two-sided p-value of "no difference".
+
+    Where all differences are the same, but not 0, there is neither interval nor p-value: numbers as coarse as those of
+    a small test split agree by chance, and a spread of 0 would pass for certainty.
+    """
 
     p_value: float | None
 
@@ -140,6 +144,9 @@ def paired(treatment: Sequence[float], control: Sequence[float]) -> PairedResult
     of_mean = interval(differences)
     p_value = None
     if of_mean.std is not None:
+        noise = _rounding([*treatment, *control])
+        if of_mean.std <= noise:
+            return _without_spread(0.0 if abs(of_mean.mean) <= noise else of_mean.mean, 0.0, of_mean.n)
         p_value = _two_sided_p(of_mean.mean, of_mean.std / math.sqrt(of_mean.n), of_mean.n - 1)
     return PairedResult(of_mean.mean, of_mean.std, of_mean.ci95, of_mean.n, p_value)
 
@@ -148,40 +155,49 @@ def welch(treatment: Sequence[float], control: Sequence[float]) -> PairedResult:
     """Welch's t-test of mean(treatment) - mean(control), whose values belong to no pairs and may spread differently.
 
     Degrees of freedom by Welch and Satterthwaite (B. L. Welch, Biometrika 1947). `n` is the number of values of the
-    smaller side, `std` is None: there are no single differences. Where a side has but one value there is neither
-    interval nor p-value. Raises ValueError where a side has none.
+    smaller side, `std` is None: there are no single differences. Where a side has but one value, or where neither side
+    spreads, there is neither interval nor p-value. Raises ValueError where a side has none.
     """
     difference, n = mean(treatment) - mean(control), min(len(treatment), len(control))
     if n < 2:
         return PairedResult(difference, None, None, n, None)
     first, second = std(treatment) ** 2 / len(treatment), std(control) ** 2 / len(control)
-    error = math.sqrt(first + second)
-    if error == 0:
-        return PairedResult(difference, None, (difference, difference), n, _two_sided_p(difference, error, 1))
+    error, noise = math.sqrt(first + second), _rounding([*treatment, *control])
+    if error <= noise:
+        return _without_spread(0.0 if abs(difference) <= noise else difference, None, n)
     df = (first + second) ** 2 / (first**2 / (len(treatment) - 1) + second**2 / (len(control) - 1))
     half_width = t_quantile(0.975, df) * error
     bounds = (difference - half_width, difference + half_width)
     return PairedResult(difference, None, bounds, n, _two_sided_p(difference, error, df))
 
 
+def _rounding(values: Sequence[float]) -> float:
+    """What differences of these values may be off by because floats are rounded: 97.5 - 97.2 is not 97.2 - 96.9."""
+    return 1e-12 * max(map(abs, values))
+
+
+def _without_spread(difference: float, spread: float | None, n: int) -> PairedResult:
+    """The result of values that all differ alike: certain that there is no difference, silent about one."""
+    same = difference == 0
+    return PairedResult(difference, spread, (0.0, 0.0) if same else None, n, 1.0 if same else None)
+
+
 def _two_sided_p(difference: float, standard_error: float, df: float) -> float:
-    if standard_error == 0:
-        return 1.0 if difference == 0 else 0.0
     return min(1.0, 2.0 * t_tail(abs(difference) / standard_error, df))
 
 
 def is_gain(result: Interval) -> bool:
     """Whether the whole interval lies above zero."""
-    return result.ci95 is not None and result.ci95[0] > 0 and result.ci95[0] != result.ci95[1]
+    return result.ci95 is not None and result.ci95[0] > 0
 
 
 def verdict(result: PairedResult, unit: str = "points") -> str:
     """One sentence on what the seeds show: a gain, a loss, no evidence of a gain, or that one seed cannot tell."""
-    if result.ci95 is None or result.p_value is None:
+    if result.n < 2:
         return f"one seed cannot tell: {result.mean:+.2f} {unit} is within what another seed may change; use --seeds"
-    low, high = result.ci95
-    if low == high != 0:  # differences of a small test split are coarse: seeds can agree by chance
+    if result.ci95 is None or result.p_value is None:
         return f"no interval: all {result.n} seeds differ by {result.mean:+.2f} {unit}; more seeds show the spread"
+    low, high = result.ci95
     numbers = (
         f"{result.mean:+.2f} {unit}, 95 % interval [{low:+.2f}, {high:+.2f}], "
         f"n = {result.n} seeds, p {_p_text(result.p_value)}"

@@ -118,11 +118,12 @@ class Step:
                 if not sums:  # every weight is zero at this moment
                     continue
                 losses = {name: scale[name] * value for name, value in sums.items()}
+                own_losses = {name: value for name, value in losses.items() if name not in method.elsewhere}
                 loss = torch.stack([value.detach() for value in losses.values()]).sum()
                 self._check_finite(loss, sums)
                 with self.clock.section("backward"):
-                    if self._measures(losses):
-                        own = gradients(self._scaled(losses), method.student.net.parameters())
+                    if self._measures(own_losses):
+                        own = gradients(self._scaled(own_losses), method.student.net.parameters())
                         by_term = {name: by_term.get(name, 0) + vector for name, vector in own.items()}
                     method.backward(losses, self._backward)
             done.loss = done.loss + _exact(loss)

@@ -183,9 +183,11 @@ def list_paths(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules(remove_duplicate=False) if name]
 
 
-def check(model: nn.Module, path: str) -> None:
+def check(model: nn.Module, path: str, who: str = "the model") -> None:
     """Raises ConfigError where a tap names no module of the model; keys are only known once it runs."""
-    _parse_all(dict(model.named_modules(remove_duplicate=False)), [path])
+    parsed = _parse(dict(model.named_modules(remove_duplicate=False)), path, who)
+    if isinstance(parsed, Problem):
+        raise ConfigError(parsed)
 
 
 def _parse_all(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[_Tap]:
@@ -201,7 +203,7 @@ def _parse_all(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[_
     return taps
 
 
-def _parse(modules: Mapping[str, nn.Module], path: str) -> _Tap | Problem:
+def _parse(modules: Mapping[str, nn.Module], path: str, who: str = "the model") -> _Tap | Problem:
     match = _GRAMMAR.fullmatch(path)
     if not path or match is None:
         hint = "a tap is module.path, then :in for its input, #2 for its second call, .key into tuples and dicts"
@@ -210,7 +212,7 @@ def _parse(modules: Mapping[str, nn.Module], path: str) -> _Tap | Problem:
     if match["side"] is None and match["call"] is None:
         dotted, keys = _longest_module(modules, dotted)
     if dotted not in modules or (not dotted and not path.startswith((":", "#", "."))):
-        message = f"the model has no module '{match['dotted']}'"
+        message = f"{who} has no module '{match['dotted']}'"
         return Problem(message, key="taps", hint=_closest(dotted or path, modules))
     of_input, call = match["side"] is not None, int(match["call"] or 1)
     return _Tap(path, dotted, of_input, call, tuple(k for k in keys.split(".") if k))

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from kdctl.errors import Interrupted
+
+Bar = Callable[[str, int | None], AbstractContextManager[Callable[[int], object]]]
+"""(what is done, how many there are or None) -> a context that shows how far it is; it gives what is told, after each
+part, how many that part had."""
+
+
+@contextmanager
+def no_bar(what: str, total: int | None) -> Iterator[Callable[[int], object]]:
+    """Shows nothing."""
+    yield lambda number: None
 
 
 @dataclass(frozen=True)

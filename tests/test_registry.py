@@ -280,3 +280,18 @@ def test_a_plugin_that_clashes_is_an_error(plugin):
     plugin("losses", ("x", "x:Y", "one"), ("x", "x:Y", "two"))
     with pytest.raises(ConfigError, match="'one' and 'two'"):
         catalogue("losses")
+
+
+def test_a_plugin_is_found_where_packages_are_installed(tmp_path, monkeypatch):
+    """By what pip writes beside a package; without any, nothing of it is read."""
+    monkeypatch.setattr(registry.sys, "path", [str(tmp_path)])
+    for name, group in (("other", "console_scripts"), ("kdctl_more", "kdctl.losses")):
+        registry._entry_points.cache_clear()
+        assert registry._entry_points()["losses"] == []
+        place = tmp_path / f"{name}-1.0.dist-info"
+        place.mkdir()
+        (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (place / "entry_points.txt").write_text(f"[{group}]\ntheirs = kdctl.own:Mine\n")
+    registry._entry_points.cache_clear()
+    assert [point.name for point in registry._entry_points()["losses"]] == ["theirs"]
+    registry._entry_points.cache_clear()

@@ -109,9 +109,21 @@ def test_identical_values():
 
 def test_a_spread_of_zero_is_not_called_a_gain():
     result = stats.paired([91.0, 92.0], [90.0, 91.0])
-    assert result.p_value == 0
+    assert (result.mean, result.std, result.ci95, result.p_value) == (1.0, 0.0, None, None)
     text = stats.verdict(result)
-    assert text.startswith("no interval") and "more seeds" in text
+    assert text.startswith("no interval: all 2 seeds differ by +1.00") and "more seeds" in text
+
+
+def test_rounding_is_no_spread():
+    """One more sample of 360 right in each seed: the floats' differences are not the same in their last digits."""
+    treatment, control = ([100 * right / 360 for right in some] for some in ((350, 351, 349), (349, 350, 348)))
+    differences = {t - c for t, c in zip(treatment, control, strict=True)}
+    assert len(differences) > 1
+    result = stats.paired(treatment, control)
+    assert result.ci95 is None and not stats.is_gain(result)
+    assert stats.verdict(result).startswith("no interval: all 3 seeds differ by +0.28")
+    assert stats.paired([0.1 + 0.2, 0.5], [0.3, 0.5]).ci95 == (0.0, 0.0)
+    assert stats.welch([0.1 + 0.2, 0.3], [0.9, 0.9]).ci95 is None
 
 
 @pytest.mark.parametrize(
@@ -165,7 +177,7 @@ def test_welch_against_scipy(n, m):
 
 def test_welch_at_its_limits():
     assert stats.welch([3.0], [1.0, 2.0]) == stats.PairedResult(1.5, None, None, 1, None)
-    assert stats.welch([2.0, 2.0], [1.0, 1.0]) == stats.PairedResult(1.0, None, (1.0, 1.0), 2, 0.0)
+    assert stats.welch([2.0, 2.0], [1.0, 1.0]) == stats.PairedResult(1.0, None, None, 2, None)
     assert stats.welch([2.0, 2.0], [2.0, 2.0]).p_value == 1.0
     with pytest.raises(ValueError):
         stats.welch([], [1.0])

@@ -37,7 +37,7 @@ def analyse(
     weights = run / "student.safetensors"
     if not weights.is_file():
         raise MissingError(f"{run} has no finished student yet", hint=f"`kdctl resume {run}` continues it")
-    found = _Found(run, experiment, data)
+    found, taught = _Found(run, experiment, data), bool(experiment.student_stage.teachers)
     makers: dict[str, Callable[[], dict[str, Any] | None]] = {
         "cka": lambda: _cka(found, say),
         "robustness": lambda: _robustness(found, say),
@@ -46,7 +46,7 @@ def analyse(
     written = {}
     for name, make in makers.items():
         path = run / FOLDER / f"{name}.json"
-        if not _is_fresh(path, weights, timed and name == "cost"):
+        if not _is_fresh(path, weights, name == "cost" and timed, name == "cost" and taught):
             say(f"analysing {run}: {name}")
             try:
                 document = make()
@@ -60,11 +60,12 @@ def analyse(
     return written
 
 
-def _is_fresh(path: Path, weights: Path, timed: bool) -> bool:
-    """Whether a file is newer than the student and, where that is asked, holds latencies."""
+def _is_fresh(path: Path, weights: Path, timed: bool, taught: bool) -> bool:
+    """Whether a file is newer than the student and, where that is asked, holds latencies, and the teacher's costs."""
     if not path.is_file() or path.stat().st_mtime_ns < weights.stat().st_mtime_ns:
         return False
-    return not timed or bool(runs.read_json(path)["models"]["student"]["rows"])
+    models = runs.read_json(path)["models"] if timed or taught else {}
+    return (not timed or bool(models["student"]["rows"])) and (not taught or models["teacher"] is not None)
 
 
 class _Found:

@@ -22,6 +22,8 @@ from kdctl.runs import Run
 BATCHES = (1, 32)
 THREADS = 1
 OPENER = "kdctl.evaluate:open_torch"
+_ALIKE = 0.05
+"""The part of the teacher's time below which a difference is noise of measuring."""
 
 
 def measure_cost(
@@ -52,7 +54,7 @@ def measure_cost(
         "threads": THREADS,
         "models": models,
         "training": training,
-        "break_even": break_even(models, training),
+        "break_even": break_even(models, training, taught=bool(experiment.student_stage.teachers)),
     }
 
 
@@ -121,12 +123,15 @@ def describe_training(run: Run, experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def break_even(models: dict[str, dict[str, Any] | None], training: dict[str, Any]) -> dict[str, Any]:
+def break_even(
+    models: dict[str, dict[str, Any] | None], training: dict[str, Any], taught: bool = False
+) -> dict[str, Any]:
     """After how many single images the seconds of training are won back by asking the student instead of the teacher.
 
     The teacher's training counts where it was trained here.
     By the least processor time of a call, which other programs disturb least: `inferences`, `saved_ms` (None where they
-    cannot be told), and `text`, which says it in one sentence.
+    cannot be told), and `text`, which says it in one sentence. Times that differ by less than two measurements of one
+    net may are called equal. taught: whether there was a teacher, be it that it is not there to be measured.
     """
     single = {}
     for who, model in models.items():
@@ -134,11 +139,17 @@ def break_even(models: dict[str, dict[str, Any] | None], training: dict[str, Any
         single[who] = None if row is None else float(row["cpu_ms"])
     student, teacher = single.get("student"), single.get("teacher")
     if models.get("teacher") is None:
-        return {"inferences": None, "saved_ms": None, "text": "there is no teacher that the student could stand in for"}
+        text = "the teacher could not be measured"
+        if not taught:
+            text = "there is no teacher that the student could stand in for"
+        return {"inferences": None, "saved_ms": None, "text": text}
     if student is None or teacher is None:
         return {"inferences": None, "saved_ms": None, "text": "latencies were not measured"}
-    times = f"{student:.3g} ms an image, the teacher {teacher:.3g} ms"
+    times = f"{student:.3g} ms of processor time an image, the teacher {teacher:.3g} ms"
     saved = teacher - student
+    if abs(saved) < _ALIKE * teacher:
+        text = f"student and teacher are about equally fast ({times}): whether serving it wins back its training "
+        return {"inferences": None, "saved_ms": saved, "text": text + "cannot be told"}
     if saved <= 0:
         text = f"the student is not faster than the teacher ({times}): serving it never wins back its training"
         return {"inferences": None, "saved_ms": saved, "text": text}

@@ -20,6 +20,7 @@ from kdctl.export import elsewhere, files, manifest
 from kdctl.export.base import Exporter
 from kdctl.models.record import Model, load_model
 from kdctl.runs import Run
+from kdctl.watch import Bar, no_bar
 
 BATCHES = (1, 32)
 THREADS = 1
@@ -166,7 +167,9 @@ def check_gates(document: dict[str, Any]) -> GateError | None:
     return GateError(*problems) if problems else None
 
 
-def evaluate_artefact(run: Run, experiment: Experiment, artefact: Path, split: str) -> dict[str, Any]:
+def evaluate_artefact(
+    run: Run, experiment: Experiment, artefact: Path, split: str, bar: Bar = no_bar
+) -> dict[str, Any]:
     """Measures an artefact on disk in its own runtime, and how often it agrees with the fp32 student.
 
     Raises KdctlError when a file is not the one that its manifest describes.
@@ -175,8 +178,8 @@ def evaluate_artefact(run: Run, experiment: Experiment, artefact: Path, split: s
     data, task = build.build_data(experiment), build.build_task(experiment)
     samples, size = data.split(split), experiment.data.eval_batch_size
     predictor = open_file(made["target"], artefact / made["model"])
-    predictions = predict(predictor, samples, size)
-    student = predict(TorchPredictor(evaluate.load_student(run, experiment)), samples, size)
+    predictions = predict(predictor, samples, size, bar, f"{artefact.name}, {split}")
+    student = predict(TorchPredictor(evaluate.load_student(run, experiment)), samples, size, bar, f"student, {split}")
     return evaluate.describe(predictions, task, data) | {
         "split": split,
         "runtime": predictor.runtime,

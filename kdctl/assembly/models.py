@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from kdctl import registry
 from kdctl.config.schema import ModelSpec, Normalize, TeacherSpec, TrainStage
 from kdctl.data.prepare import Data
-from kdctl.errors import ConfigError, Problem
+from kdctl.errors import ConfigError, MissingError, Problem
 from kdctl.models import record as records
 from kdctl.models.record import Model, ModelRecord
 from kdctl.models.weights import load_weights
@@ -31,9 +32,29 @@ def seed_everything(seed: int, *names: str) -> None:
 def build_model(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str], Path] | None = None) -> Model:
     """A model of the given kind for this data, with its weights loaded where the spec names some.
 
-    stage_file gives the stem of the model that an earlier stage made. Raises ConfigError where class counts, channels
-    or names cannot match.
+    key: the model in the file, such as `student`. stage_file gives the stem of the model that an earlier stage made.
+    Raises ConfigError where class counts, channels or names cannot match, MissingError where weights are not there.
     """
+    with _under(key):
+        model = _build(spec, data, key, stage_file)
+        check_fits(model.record, data, key)
+    return model
+
+
+@contextmanager
+def _under(key: str) -> Iterator[None]:
+    """Puts the model before the key of a problem with its weights, their names or normalisation."""
+    try:
+        yield
+    except (ConfigError, MissingError) as error:
+        own = ("weights", "mapping", "normalize")
+        inside = [p.key is not None and p.key.partition(".")[0] in own for p in error.problems]
+        raise type(error)(
+            *(replace(p, key=f"{key}.{p.key}") if i else p for p, i in zip(error.problems, inside, strict=True))
+        ) from error
+
+
+def _build(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str], Path] | None) -> Model:
     own_classes = spec.classes if isinstance(spec, TeacherSpec) else None
     if own_classes is not None:
         model = _load_other_classes(spec, own_classes, data, key, stage_file)
@@ -48,7 +69,6 @@ def build_model(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str
         model = records.build_model(_record(spec, data))
         if spec.weights:
             load_weights(model.net, "pretrained" if spec.weights == "pretrained" else Path(spec.weights), spec.mapping)
-    check_fits(model.record, data, key)
     return model
 
 
@@ -91,6 +111,13 @@ def _load_other_classes(
 
 def _record(spec: ModelSpec, data: Data) -> ModelRecord:
     normalize: dict[str, list[float]] | None
+    channels = data.image_shape[0]
+    if spec.normalize == "imagenet" and channels != 3:
+        grey = "normalize: {mean: [0.449], std: [0.226]}, the means of the three"
+        message = f"imagenet's statistics are of 3 channels, and the images have {channels}"
+        raise ConfigError(
+            Problem(message, key="normalize", hint=f"write {grey if channels == 1 else 'normalize: data'}")
+        )
     if spec.normalize == "none":
         normalize = None
     elif spec.normalize == "data":
@@ -112,7 +139,11 @@ def _record(spec: ModelSpec, data: Data) -> ModelRecord:
 def build_teachers(stage: TrainStage, data: Data, seed: int, stage_file: Callable[[str], Path]) -> list[Model]:
     """The teachers of a stage; a declared control without weights is the same random net whenever it is built."""
     seed_everything(seed, stage.name, "teacher")
-    return [build_model(spec, data, "teacher", stage_file) for spec in stage.teachers]
+    several = len(stage.teachers) > 1
+    return [
+        build_model(spec, data, f"teacher.{number}" if several else "teacher", stage_file)
+        for number, spec in enumerate(stage.teachers)
+    ]
 
 
 def _check_record(spec: ModelSpec, record: ModelRecord, data: Data, key: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -18,6 +20,7 @@ from kdctl.models.record import Model
 from kdctl.optim.schedules import WeightSchedule
 from kdctl.signals import Batch, Signals
 from kdctl.taps import Taps
+from kdctl.taps import check as check_tap
 from kdctl.tasks.base import Task
 from kdctl.teachers.base import Teacher
 from kdctl.teachers.several import Several
@@ -55,9 +58,13 @@ def dry_run(
     taps = Taps(trial.net, sorted({s for term in terms for s, _ in term.loss.taps}))
 
     def see(batch: Batch) -> Signals:
-        with taps.recording() as features:
+        with _tapped("student", terms), taps.recording() as features:
             outputs = task.forward(trial, batch)
         return task.signals(outputs, batch, features)
+
+    def said(batch: Batch) -> Signals | None:
+        with _tapped("teacher", terms):
+            return None if teacher is None else teacher(batch)
 
     try:
         seen = see(batch)
@@ -67,22 +74,89 @@ def dry_run(
         message = f"the model cannot take images of shape {tuple(batch.inputs.shape[1:])}: {error}"
         hint = "student.input_size resizes images to what the model was made for, for example 224"
         raise ConfigError(Problem(message, key="student", hint=hint)) from error
-    signals = None if teacher is None else teacher(batch)
-    if teacher is not None and signals is not None and batch.strong is not None:
-        signals = replace(signals, strong=teacher(batch.strongly()))
+    signals = said(batch)
+    if signals is not None and batch.strong is not None:
+        signals = replace(signals, strong=said(batch.strongly()))
     if signals is not None and signals.logits.shape != seen.logits.shape:
         got, own = tuple(signals.logits.shape[1:]), tuple(seen.logits.shape[1:])
         raise ConfigError(Problem(f"the teacher's outputs have shape {got}, the student's {own}", key="teacher"))
     for term in terms:
         nets = [] if teacher is None else [model.net for model in teacher.models]
-        term.loss.setup(DryRun(task, batch, _detached(seen), signals, num_samples, trial.net, nets))
+        with _of_term(term):
+            term.loss.setup(DryRun(task, batch, _detached(seen), signals, num_samples, trial.net, nets))
     for term in terms:
         term.loss.eval()
         term.loss.bind(trial.net)
         term.loss.epoch = _LATE
-        _check_gradient(term, trial, seen, signals, batch)
+        with _of_term(term):
+            _check_gradient(term, trial, seen, signals, batch)
         term.loss.epoch = 0.0
         term.loss.train()
+
+
+def check_taps(losses: Sequence[LossSpec], student: Model, teachers: Sequence[Model]) -> None:
+    """Raises ConfigError, for all terms of a stage at once, where a tap names no module of its model."""
+    problems = []
+    for spec in losses:
+        places = [(f"the student ({_shown_kind(student)})", student, student_tap(tap)) for tap in spec.taps]
+        for number, model in enumerate(teachers if _is_taught(spec) else []):
+            which = f"teacher {number + 1}" if len(teachers) > 1 else "the teacher"
+            for tap in spec.taps:
+                with _of_term(spec):
+                    places.append((f"{which} ({_shown_kind(model)})", model, teacher_tap(tap, number)))
+        for who, model, path in places:
+            try:
+                check_tap(model.net, path, who)
+            except ConfigError as error:
+                problems += [replace(p, key=f"losses.{spec.label}.taps") for p in error.problems]
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+
+
+def _shown_kind(model: Model) -> str:
+    """The kind without the folder of a user's own file."""
+    kind = model.record.kind
+    return kind.replace("\\", "/").rpartition("/")[2] if registry.is_file_kind(kind) else kind
+
+
+@contextmanager
+def _of_term(term: Term | LossSpec) -> Iterator[None]:
+    """Puts the term before the key of a problem inside."""
+    key = f"losses.{term.name if isinstance(term, Term) else term.label}"
+    try:
+        yield
+    except ConfigError as error:
+        elsewhere = ("losses", "ensemble", "teacher_cache")
+        raise ConfigError(
+            *(
+                p
+                if p.key and p.key.partition(".")[0] in elsewhere
+                else replace(p, key=f"{key}.{p.key}" if p.key else key)
+                for p in error.problems
+            )
+        ) from error
+
+
+@contextmanager
+def _tapped(who: str, terms: Sequence[Term]) -> Iterator[None]:
+    """Says of which model a tap is that its forward pass did not reach, or that holds no tensor, and in which term."""
+    try:
+        yield
+    except ConfigError as error:
+        problems = []
+        for problem in error.problems:
+            found = re.search(r"tap '([^']*)'", problem.message) if problem.key == "taps" else None
+            if found is not None:
+                side = 0 if who == "student" else 1
+                own = [t.name for t in terms if any(pair[side] == found[1] for pair in t.loss.taps)]
+                key = f"losses.{own[0]}.taps" if own else "losses"
+                problem = replace(problem, message=f"{who}: {problem.message}", key=key)
+            problems.append(problem)
+        raise ConfigError(*problems) from error
+
+
+def _is_taught(spec: LossSpec) -> bool:
+    return bool(registry.load(registry.find("losses", spec.kind)).needs_teacher)  # type: ignore[attr-defined]
 
 
 def _build_loss(spec: LossSpec, number: int, num_teachers: int) -> Loss:
@@ -111,8 +185,7 @@ def teacher_tap(tap: str | TapPair, number: int) -> str:
 
 def teacher_taps(stage: TrainStage, number: int) -> list[str]:
     """All places in teacher `number` that the terms of a stage look at."""
-    taught = [s for s in stage.losses if registry.load(registry.find("losses", s.kind)).needs_teacher]  # type: ignore[attr-defined]
-    return sorted({teacher_tap(tap, number) for spec in taught for tap in spec.taps})
+    return sorted({teacher_tap(tap, number) for spec in stage.losses if _is_taught(spec) for tap in spec.taps})
 
 
 def _one_by_one(loss: Loss, ensemble: Component) -> bool:

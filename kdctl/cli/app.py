@@ -128,7 +128,10 @@ def run(arguments: Sequence[str]) -> int:
         code = group.main(list(arguments) or ["--help"], prog_name="kdctl", standalone_mode=False)
         sys.stdout.flush()
         return code or 0
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
+        console.leave()
+        return 130
+    except typer.Abort:
         return 130
     except BrokenPipeError:
         return _unheard(1)

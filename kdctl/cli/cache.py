@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from kdctl.cli import console
 from kdctl.cli.verb import Argument, ExperimentOptions, Reply
-from kdctl.errors import ConfigError, UsageError, did_you_mean
+from kdctl.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from kdctl.config.schema import Experiment
@@ -29,14 +29,12 @@ def cache(
         hint = did_you_mean(action, ACTIONS)
         raise UsageError(f"the action is build, show, verify or clear, not '{action}'", hint=hint)
     from kdctl.config.expand import load_experiment
-    from kdctl.config.overrides import located
+    from kdctl.config.overrides import locating
 
     loaded = load_experiment(Path(config), options.overrides)
     console.say("loading torch ...")
-    try:
+    with locating(loaded.document):
         document = {"action": action} | _act(action, loaded.experiment)
-    except ConfigError as error:
-        raise ConfigError(*(located(loaded.document, problem) for problem in error.problems)) from error
     return Reply(document, {"verify": _show_verified, "clear": _show_cleared}.get(action, _show_stores))
 
 
@@ -52,7 +50,7 @@ def _act(action: str, experiment: Experiment) -> dict[str, Any]:
     settings = choose.settle(experiment, data, console.say)  # as training does: the precision is in the key
     experiment = experiment.model_copy(update={"train": settings})
     if action == "build":
-        return stores.build_stores(experiment, data, console.say)
+        return stores.build_stores(experiment, data, console.say, console.bar)
     if action == "clear":
         return stores.clear(experiment, lambda: data)
     return stores.show(experiment, data) if action == "show" else stores.verify(experiment, data)

@@ -45,13 +45,11 @@ def _deep(loaded: Loaded) -> dict[str, Any]:
 
     build_loggers(loaded.experiment)  # a library that is not there is told before torch is loaded
     console.say("loading torch ...")
-    from kdctl.config.overrides import located
+    from kdctl.config.overrides import locating
     from kdctl.forecast import forecast
 
-    try:
+    with locating(loaded.document):
         found = forecast(loaded.experiment, console.say)
-    except ConfigError as error:
-        raise ConfigError(*(located(loaded.document, problem) for problem in error.problems)) from error
     return found | {"needs": needs(loaded.experiment)}
 
 

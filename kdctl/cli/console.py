@@ -13,7 +13,8 @@ import re
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, TextIO
@@ -21,9 +22,15 @@ from typing import Any, TextIO
 from kdctl.errors import KdctlError
 
 _NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?( ?%)?|-?")
+_PATIENCE_S, _PAUSE_S = 0.5, 0.1
+"""Seconds after which a work is long enough for a bar, and the least between two drawings of it."""
+_TEXT = 16
+"""Columns that a text in a table is given before the table is broken into parts."""
 _level = 1
 _drawn = 0
 """Columns of the live line that stands on stderr, 0 where there is none."""
+_bars: list[Any] = []
+"""The bars that stand on stderr, the last one below."""
 
 
 def set_up(quiet: bool = False, verbose: bool = False) -> None:
@@ -147,12 +154,34 @@ def _draw(headers: Sequence[str], cells: list[list[str]], right: list[bool]) -> 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for header, is_right in zip(headers, right, strict=True):
-        table.add_column(Text(header), justify="right" if is_right else "left", overflow="fold")
-    for row in cells:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False, emoji=False, markup=False).print(table)
+    screen = Console(highlight=False, emoji=False, markup=False)
+    for number, chosen in enumerate(_beside_each_other(headers, cells, right, screen.width)):
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for i in chosen:
+            side: Any = "right" if right[i] else "left"
+            table.add_column(Text(headers[i]), justify=side, overflow="fold", no_wrap=right[i] and len(chosen) > 2)
+        for row in cells:
+            table.add_row(*(Text(row[i]) for i in chosen))
+        if number:
+            screen.print()
+        screen.print(table)
+
+
+def _beside_each_other(
+    headers: Sequence[str], cells: list[list[str]], right: list[bool], size: int
+) -> Iterator[list[int]]:
+    """The columns of a table in parts that fit so many columns of a terminal: each part begins with the first column,
+    and numbers are never broken. Text is, where it is long."""
+    widths = [max(columns(text) for text in column) for column in zip(headers, *cells, strict=True)]
+    least = [wide if is_right else min(wide, _TEXT) for wide, is_right in zip(widths, right, strict=True)]
+    part, used = [0], least[0] + 2
+    for i in range(1, len(headers)):
+        if used + least[i] > size and len(part) > 1:
+            yield part
+            part, used = [0], least[0] + 2
+        part.append(i)
+        used += least[i] + 2
+    yield part
 
 
 # ------------------------------------------------------------------------------------------------------- the terminal
@@ -179,12 +208,45 @@ def draw(text: str) -> None:
 
 
 def clear() -> None:
-    """Takes away the line that was drawn, if there is one."""
+    """Takes away the line that was drawn, if there is one, and bars, which come back by themselves."""
     global _drawn
+    for shown in _bars:
+        shown.clear()
     if _drawn:
         sys.stderr.write("\r" + " " * min(_drawn, width(sys.stderr) - 1) + "\r")
         sys.stderr.flush()
         _drawn = 0
+
+
+@contextmanager
+def bar(what: str, total: int | None) -> Iterator[Callable[[int], object]]:
+    """Shows how far a work is that takes more than a moment, on stderr where that is a terminal, else nothing.
+
+    Gives what is told, after each part, how many that part had. The bar goes away with its end; silent under --quiet.
+    """
+    if _level < 1 or not is_live(sys.stderr):
+        yield lambda number: None
+        return
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread of its own
+    form = "{desc}  {n:,}" if total is None else "{desc}  {bar}  {n:,} of {total:,}  left {remaining}"
+    with tqdm(
+        desc=what, total=total, file=sys.stderr, leave=False, delay=_PATIENCE_S, mininterval=_PAUSE_S, miniters=1,
+        bar_format=form, ncols=width(sys.stderr) - 1, ascii=not is_utf8(sys.stderr),
+    ) as shown:  # fmt: skip
+        _bars.append(shown)
+        try:
+            yield shown.update
+        finally:
+            _bars.remove(shown)
+
+
+def leave() -> None:
+    """Ends the line on which a terminal has put its ^C, so that the shell begins on one of its own."""
+    if is_live(sys.stderr):
+        clear()
+        print(file=sys.stderr, flush=True)
 
 
 def width(stream: TextIO) -> int:

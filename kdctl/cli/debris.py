@@ -284,5 +284,5 @@ def _empty_group(path: Path) -> Item | None:
     there = any(run is not None and (path.parent.parent / str(run)).exists() for run in members)
     if there or path.is_symlink() or _is_held(path.with_suffix(".lock")) or time.time() - path.stat().st_mtime < HOUR:
         return None
-    files = [p for p in (path, path.with_suffix(".yaml"), path.with_suffix(".lock")) if p.is_file()]
+    files = [p for p in (path, *(path.with_suffix(s) for s in (".yaml", ".lock", ".code"))) if p.exists()]
     return Item("group", path, "none of its runs is there any more", files)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from kdctl import runs
 from kdctl.cli import console
 from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
-from kdctl.errors import UsageError
+from kdctl.errors import UsageError, did_you_mean
 
+_SPLITS = ("train", "val", "test")
 _QUALITY = {"brier": "Brier", "adaptive_ece": "adaptive ece", "balanced_accuracy": "balanced", "macro_f1": "macro F1"}
 """What is shown of a model's quality beside its metrics, and how it is called."""
 
@@ -22,27 +23,34 @@ def eval_(
     against: Annotated[str | None, Option("--against", help="another run, measured beside it")] = None,
 ) -> Reply:
     """Measure student and teacher on the same samples, re-loaded from disk."""
-    if checkpoint not in ("best", "last"):
-        raise UsageError(f"--checkpoint is 'best' or 'last', not '{checkpoint}'")
+    for option, word, allowed in (("--split", split, _SPLITS), ("--checkpoint", checkpoint, ("best", "last"))):
+        if word not in allowed:
+            raise UsageError(f"{option}: got '{word}'; allowed: {', '.join(allowed)}", hint=did_you_mean(word, allowed))
     from kdctl.config.expand import load_experiment
 
-    device = _device(options)
-    path = Path(what)
-    if path.is_file() and path.suffix in (".yaml", ".yml"):
-        experiment = load_experiment(path, options.overrides).experiment
+    path, other = Path(what), runs.find(against) if against else None
+    if path.suffix in (".yaml", ".yml"):
+        loaded = load_experiment(path, options.overrides)
+        console.say("loading torch ...")
+        from kdctl.config.overrides import locating
         from kdctl.evaluate import evaluate_config
 
-        document = evaluate_config(experiment, split, device) | {"run": None, "config": what}
+        with locating(loaded.document):
+            document = evaluate_config(loaded.experiment, split, _device(options), console.bar)
+        document |= {"run": None, "config": what}
     elif (path / "manifest.json").is_file():
         run = runs.Run(path.resolve().parent.parent)
         experiment = load_experiment(run.config, options.overrides, require_files=False).experiment
+        console.say("loading torch ...")
         from kdctl.artefacts.measure import evaluate_artefact
 
-        document = evaluate_artefact(run, experiment, path, split) | {"run": str(run), "artefact": what}
+        document = evaluate_artefact(run, experiment, path, split, console.bar) | {"run": str(run), "artefact": what}
     else:
-        document = _run(runs.find(what), options, split, checkpoint)
-    if against:
-        document["against"] = _run(runs.find(against), options, split, checkpoint)
+        run = runs.find(what)
+        console.say("loading torch ...")
+        document = _run(run, options, split, checkpoint)
+    if other:
+        document["against"] = _run(other, options, split, checkpoint)
     return Reply(document, show)
 
 
@@ -52,7 +60,9 @@ def _run(run: runs.Run, options: ExperimentOptions, split: str, checkpoint: str)
     experiment = load_experiment(run.config, options.overrides, require_files=False).experiment
     from kdctl.evaluate import evaluate_run
 
-    document = evaluate_run(run, experiment, split=split, checkpoint=checkpoint, device=_device(options))
+    document = evaluate_run(
+        run, experiment, split=split, checkpoint=checkpoint, device=_device(options), bar=console.bar
+    )
     return document | {"run": str(run)}
 
 

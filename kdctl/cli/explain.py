@@ -27,7 +27,10 @@ _SECTION_GROUPS = {
 
 def explain(
     options: Options,
-    name: Annotated[str, Argument(metavar="NAME_OR_KEY", help="kd, losses.kd, data.views, losses.kd.temperature, ...")],
+    name: Annotated[
+        str,
+        Argument(metavar="NAME_OR_KEY", help="kd, losses.kd, data.views, losses.kd.temperature, ./my_net.py:Net, ..."),
+    ],
 ) -> Reply:
     """One component or one configuration key: what it is, its arguments, types, defaults, paper and formula."""
     components = _components(name)
@@ -38,7 +41,9 @@ def explain(
         return Reply(_component_document(components[0]), _show_component)
     document = _argument_document(name) or _key_document(name)
     if document is None:
-        hint = did_you_mean(name, _known_words()) or "`kdctl list GROUP` shows the components, `kdctl schema` the keys"
+        hint = (
+            did_you_mean(name, _known_words(name)) or "`kdctl list GROUP` shows the components, `kdctl schema` the keys"
+        )
         raise UsageError(f"there is no component and no configuration key '{name}'", hint=hint)
     return Reply(document, _show_key)
 
@@ -49,9 +54,28 @@ def explain(
 def _components(name: str) -> list[registry.Component]:
     """The components that `name` or `group.name` stands for."""
     group, _, rest = name.partition(".")
-    if group in registry.GROUPS and rest in _names(group):
+    if group in registry.GROUPS and (rest in _names(group) or ":" in rest):
         return [registry.find(group, rest)]
+    if name.startswith(("torchvision:", "timm:")):
+        return [registry.find("models", name)]
+    if ":" in name:
+        return [registry.find(_own_group(name), name)]
     return [registry.find(g, name) for g in registry.GROUPS if name in _names(g)]
+
+
+def _own_group(name: str) -> str:
+    """The group that a class of the user's own belongs to, by what it derives from or the functions that it has."""
+    source = registry.class_source(registry.find("losses", name))
+    wanted = sorted(registry.CONTRACTS.items(), key=lambda item: item[0] == "models")  # whose base the others have too
+    for group, contract in wanted:
+        if isinstance(contract, str) and contract.rpartition(":")[2] in source.bases:
+            return group
+    if set(registry.CONTRACTS["data"]) <= source.functions:
+        return "data"
+    raise UsageError(
+        f"'{name}' derives from nothing that tells what it is",
+        hint=f"name its group: `kdctl explain models.{name}`; groups are {', '.join(registry.GROUPS)}",
+    )
 
 
 def _names(group: str) -> set[str]:
@@ -154,7 +178,8 @@ def _annotation_text(source: str) -> str:
 def _show_component(document: dict[str, Any]) -> None:
     other = f" (also {', '.join(document['aliases'])})" if document["aliases"] else ""
     console.out(f"{document['group']}: {document['name']}{other}")
-    console.out(document["summary"])
+    if not document["doc"].startswith(document["summary"]) or not document["summary"]:
+        console.out(document["summary"])
     if document["doc"]:
         console.out("\n" + document["doc"])
     lines = _declared_lines(document["group"], document["declares"])
@@ -190,20 +215,25 @@ def _show_component(document: dict[str, Any]) -> None:
 
 
 def _argument_document(key: str) -> dict[str, Any] | None:
-    """An argument of a component, as in `losses.kd.temperature` or `optimizer.sgd.lr`."""
-    path, _, argument = key.rpartition(".")
-    section, _, kind = path.rpartition(".")
+    """An argument of a component, as in `losses.kd.temperature`, `kd.temperature` or `optimizer.sgd.lr`."""
+    argument = key.rpartition(".")[2]
+    for component in _owners(key):
+        signature = registry.signature(component)
+        parameter = signature.arguments.get(signature.aliases.get(argument, argument))
+        if parameter is not None:
+            described = _argument(parameter, signature)
+            full = f"{component.group}.{component.name}"
+            described["description"] = f"an argument of {component.name}: `kdctl explain {full}`"
+            return {"kind": "key", **described, "name": key}
+    return None
+
+
+def _owners(key: str) -> list[registry.Component]:
+    """The components whose argument the last part of a key may be."""
+    section, _, kind = key.rpartition(".")[0].rpartition(".")
     group = _SECTION_GROUPS.get(section.rpartition(".")[2], section)
-    if group not in registry.GROUPS or kind not in _names(group):
-        return None
-    component = registry.find(group, kind)
-    signature = registry.signature(component)
-    parameter = signature.arguments.get(signature.aliases.get(argument, argument))
-    if parameter is None:
-        return None
-    described = _argument(parameter, signature)
-    described["description"] = f"an argument of {component.name}: `kdctl explain {component.group}.{component.name}`"
-    return {"kind": "key", **described, "name": key}
+    groups = list(registry.GROUPS) if not section else [group] if group in registry.GROUPS else []
+    return [registry.find(g, kind) for g in groups if kind in _names(g)]
 
 
 def _key_document(key: str) -> dict[str, Any] | None:
@@ -295,9 +325,14 @@ def _show_key(document: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- all
 
 
-def _known_words() -> list[str]:
+def _known_words(name: str) -> list[str]:
+    """What may have been meant by a name: with a component in it, only its arguments."""
     from kdctl.config.schema import ExperimentFile
 
+    before = name.rpartition(".")[0]
+    arguments = [f"{before}.{word}" for owner in _owners(name) for word in registry.signature(owner).arguments]
+    if arguments:
+        return arguments
     words = [name for group in registry.GROUPS for name in _names(group)]
     for name, field in ExperimentFile.model_fields.items():
         words.append(name)

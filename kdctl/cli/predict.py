@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from kdctl import runs
 from kdctl.cli import console
-from kdctl.cli.verb import Argument, Option, Options, Reply
+from kdctl.cli.verb import Argument, Option, Options, Reply, check_device
 from kdctl.errors import KdctlError, MissingError, Problem, UsageError
 
 _SHOWN = 200
@@ -33,6 +33,8 @@ def predict(
     Arrays are uint8, or floating point in [0, 1]: (N, H, W), (N, H, W, C) or (N, C, H, W). What cannot be read is told
     at the end, with exit code 1; the others are predicted all the same.
     """
+    if device is not None:
+        check_device(device)
     place, more = _sorted_words(what or [])
     places = [*(files or []), *more]
     if not places:
@@ -52,7 +54,7 @@ def predict(
     console.detail(f"{artefact or run} takes {tuple(predictor.image_shape)} in {predictor.runtime}")
     home = run if artefact is None else _run_of(artefact)
     head = {"run": home and str(home), "artefact": artefact and str(artefact), "runtime": predictor.runtime}
-    document = head | predicting.predict_files(predictor, places, top) | {"written": output}
+    document = head | predicting.predict_files(predictor, places, top, console.bar) | {"written": output}
     if output is not None:
         lines = [*document["predictions"], *document["failed"]]
         runs.write_text(Path(output), "".join(json.dumps(line) + "\n" for line in lines))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from kdctl import launch
 from kdctl.cli import console, processes
 from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
-from kdctl.errors import ConfigError, Interrupted, UsageError
+from kdctl.errors import Interrupted, UsageError
 
 
 def train(
@@ -42,22 +42,20 @@ def train(
     console.say("loading torch ...")
     from kdctl import experiment
     from kdctl.cli.progress import TextReporter
+    from kdctl.config.overrides import locating
     from kdctl.control import BASELINE, parse_controls
 
     reporter = TextReporter(options.quiet)
     if smoke:
         from kdctl.smoke import smoke as run_smoke
 
-        return Reply(run_smoke(loaded.experiment, reporter), show)
+        with locating(loaded.document):
+            return Reply(run_smoke(loaded.experiment, reporter), show)
     source = Path(config).read_text(encoding="utf-8")
     asked = parse_controls(",".join([BASELINE, controls] if controls or with_baseline else []))
     plan = experiment.Plan(loaded.experiment, source, seeds, asked, Path(run_dir) if run_dir else None)
-    try:
+    with locating(loaded.document):
         return processes.lead(lambda: reply(lambda: experiment.train(plan, reporter)))
-    except ConfigError as error:
-        from kdctl.config.overrides import located
-
-        raise ConfigError(*(located(loaded.document, problem) for problem in error.problems)) from error
 
 
 def reply(work: Callable[[], dict[str, Any]]) -> Reply:
@@ -106,7 +104,8 @@ def _show_run(document: dict[str, Any]) -> None:
     if document["agreement"] is not None:
         console.out(f"agreement with the teacher {document['agreement']:.2f} %")
     console.out(f"run {document['run']}")
-    console.out(f"next: kdctl eval {document['run']}   kdctl compress {document['run']} --quantize int8")
+    run = document["run"]
+    console.out(f"next: kdctl report {run}   kdctl eval {run}   kdctl compress {run} --quantize int8")
 
 
 def _row(metrics: dict[str, float], names: list[str]) -> list[str]:

@@ -35,6 +35,7 @@ from kdctl.errors import KdctlError, UsageError
 __all__ = ["Argument", "ExperimentOptions", "Option", "Options", "Reply", "command"]
 
 SCHEMA_VERSION = 1
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 _ARGUMENT_INFO = type(Argument())
 
@@ -61,7 +62,15 @@ class ExperimentOptions(Options):
 
     def __post_init__(self) -> None:
         if self.device is not None:
+            check_device(self.device)
             object.__setattr__(self, "overrides", [*self.overrides, f"train.device={self.device}"])
+
+
+def check_device(name: str) -> None:
+    """Raises UsageError where --device names none; whether the machine has it shows later."""
+    if not _DEVICE.fullmatch(name):
+        hint = "cuda is a GPU, cuda:1 the second one, mps Apple's; auto takes the best there is"
+        raise UsageError(f"--device: got '{name}'; allowed: auto, cpu, cuda, cuda:N, mps", hint=hint)
 
 
 @dataclass(frozen=True)

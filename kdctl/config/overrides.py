@@ -7,7 +7,8 @@ kind also has; the others fall away (config/check.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,9 @@ def _override(document: Document, text: str, name: str) -> None:
     if segments[0] == "losses" and len(segments) > 1 and "losses" not in document.data and "distill" in document.data:
         message = "the file says `distill:`, the shorthand, and has no list of losses"
         raise ConfigError(Problem(message, name, key=address, hint="set distill.temperature or distill.alpha"))
+    if segments[0] == "losses" and len(segments) > 1 and "losses" not in document.data and "stages" in document.data:
+        message = "the file has stages, each with losses of its own"
+        raise ConfigError(Problem(message, name, key=address, hint=f"name the stage: stages.NAME.{address}"))
     value, origins = read_value(written, name)
     path: KeyPath = ()
     current: Any = document.data
@@ -154,29 +158,54 @@ def _step(current: Any, path: KeyPath, segment: str, problem: Problem) -> str | 
     raise fail(f"`{where}` has no item named '{segment}'; there are: {allowed}", did_you_mean(segment, every))
 
 
+@contextmanager
+def locating(document: Document) -> Iterator[None]:
+    """Gives the problems of a ConfigError or MissingError that is raised inside their places in the file.
+
+    For what shows only once models and data are there: a tap that does not exist, class counts that cannot match,
+    weights that do not fit.
+    """
+    try:
+        yield
+    except (ConfigError, MissingError) as error:
+        raise type(error)(*(located(document, problem) for problem in error.problems)) from error
+
+
 def located(document: Document, problem: Problem) -> Problem:
     """The problem with the place in the file that its key names, or the nearest thing around it that was written.
 
-    For what shows only once models and data are there: a tap that does not exist, class counts that cannot match.
+    A key that the file itself has not is looked for in its `stages:`, where one of them alone has it.
     """
     if problem.file is not None or problem.key is None:
         return problem
-    path: KeyPath = ()
-    current: Any = document.data
-    for segment in problem.key.split("."):
+    segments = problem.key.split(".")
+    path = _way(document.data, (), segments)
+    if not path and isinstance(stages := document.data.get("stages"), list):
+        inside = [_way(stage, ("stages", number), segments) for number, stage in enumerate(stages)]
+        deepest = max(map(len, inside), default=0)
+        found = [way for way in inside if len(way) == deepest > 2]
+        path = found[0] if len(found) == 1 else ()
+    origin = document.origin(path) if path else None
+    if origin is None:
+        return replace(problem, file=document.main or None)
+    return replace(problem, file=origin.file, line=origin.key_line or origin.line)
+
+
+def _way(current: Any, path: KeyPath, segments: Sequence[str]) -> KeyPath:
+    """How far a key leads from a value, whose own path it extends."""
+    for segment in segments:
         if isinstance(current, list):
             group = LIST_GROUPS.get(str(path[-1])) if path else None
             found = [i for i, item in enumerate(current) if segment in _names(item, group)]
             key: str | int | None = found[0] if len(found) == 1 else None
+            if segment.isascii() and segment.isdigit() and int(segment[:9]) < len(current):
+                key = int(segment)
         else:
             key = segment if isinstance(current, dict) and segment in current else None
         if key is None:
             break
         path, current = (*path, key), current[key]
-    origin = document.origin(path) if path else None
-    if origin is None:
-        return replace(problem, file=document.main or None)
-    return replace(problem, file=origin.file, line=origin.key_line or origin.line)
+    return path
 
 
 def _names(item: Any, group: str | None) -> list[str]:

@@ -75,6 +75,8 @@ def with_stages(config: Path, overrides: Sequence[str], recipe: Document) -> Ext
     named = {s["name"] for s in recipe.data["compress"] if isinstance(s, dict) and isinstance(s.get("name"), str)}
     stages[:] = _without(stages, named)
     first = len(stages)
+    if not any(len(path) > 1 for path in recipe.origins):  # of options, which have no places in a file
+        document.origins |= {("stages", first + i): recipe.origins[()] for i in range(len(recipe.data["compress"]))}
     for path, origin in recipe.origins.items():
         if len(path) > 1:
             document.origins["stages", first + int(path[1]), *path[2:]] = origin

@@ -17,6 +17,7 @@ import yaml
 
 from kdctl.errors import ConfigError, MissingError, Problem, did_you_mean
 
+_START = "`kdctl init` writes one to start from"
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 60
 MAX_VALUES = 10_000
@@ -107,14 +108,18 @@ def read_file(path: Path, layer: Literal["file", "extends"] = "file") -> Documen
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise MissingError(Problem("this file does not exist", name, hint=_neighbour(path))) from None
+        raise MissingError(Problem("this file does not exist", name, hint=_neighbour(path) or _START)) from None
+    except IsADirectoryError:
+        inside = Path(path, "config.yaml")
+        hint = f"a run is repeated by {inside}, and continued by `kdctl resume {path}`" if inside.is_file() else _START
+        raise ConfigError(Problem("this is a folder, and a file is wanted", name, hint=hint)) from None
     except OSError as error:
         raise ConfigError(Problem(f"cannot be read: {error.strerror}", name)) from None
     except ValueError:
         raise MissingError(Problem("this is not a path", name)) from None
     root = _Reader(name).read(_decode(raw, name))
     if root is None:
-        raise ConfigError(Problem("the file is empty", name, hint="`kdctl init` writes one to start from"))
+        raise ConfigError(Problem("the file is empty", name, hint=_START))
     if root.kind != "map":
         got = "a list" if root.kind == "list" else f"the value {_short(root.value)}"
         raise ConfigError(Problem(f"an experiment is a map of keys and values, got {got}", name, root.line))

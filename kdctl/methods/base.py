@@ -6,7 +6,7 @@ A method is made from its own arguments in the file, asked to `prepare` the stud
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,7 +61,8 @@ class Method:
     student: the model that is validated and shipped.
     terms: the terms of its loss. trained: every module whose parameters the optimizer moves, by name; all of it goes
     into checkpoints. clock: where the seconds of its parts are counted. frozen: parts of the student that stay in eval
-    mode.
+    mode. elsewhere: names of terms that train something else than the student, so that they have no part in its
+    gradient.
     """
 
     provides_teacher: ClassVar[bool] = False
@@ -80,6 +81,7 @@ class Method:
     trained: nn.ModuleDict
     clock: Clock
     frozen: Sequence[nn.Module] = ()
+    elsewhere: Collection[str] = ()
 
     # ------------------------------------------------------------------------------------------------ being built
 

@@ -76,6 +76,7 @@ class Mutual(Method):
             for number, model in enumerate(models, start=1)
         ]
         self.terms = [term for learner in self._learners for term in learner.terms]
+        self.elsewhere = {term.name for learner in self._learners[1:] for term in learner.terms}
         self.trained = nn.ModuleDict(
             {
                 "student": self.student.net,

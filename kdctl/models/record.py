@@ -179,7 +179,8 @@ def load_model(path: Path) -> Model:
     stem = _stem(Path(path))
     weights, beside = _with(stem, ".safetensors"), _with(stem, ".json")
     if not weights.is_file():
-        hint = "is the run finished? `kdctl resume` continues it" if Path(path).is_dir() else None
+        unfinished = "is the run finished? `kdctl resume` continues it, `kdctl list runs` shows others"
+        hint = unfinished if Path(path).is_dir() else None
         raise MissingError(Problem(f"there is no model {weights}", hint=hint))
     data = weights.read_bytes()
     if beside.is_file():

@@ -21,7 +21,7 @@ class TimmModel:
 
     name: as in timm.list_models(), with or without a tag. Further arguments go to timm.create_model.
     `weights: pretrained` loads the published weights (with another number of classes: all but the last layer); most
-    expect `normalize: imagenet`.
+    expect `normalize: imagenet`, on images of one channel `{mean: [0.449], std: [0.226]}`.
     """
 
     def __new__(cls, *, name: str, num_classes: int, in_channels: int = 3, **arguments: Any) -> nn.Module:  # type: ignore[misc]

@@ -28,7 +28,8 @@ class TorchvisionModel:
 
     name: as in torchvision.models. Further arguments go to torchvision's own function. `weights: pretrained` loads the
     published weights (with another number of classes: all but the last layer), which expect `normalize: imagenet`.
-    Images of one channel work: the first convolution then sums its pretrained filters over the colours.
+    Images of one channel work: the first convolution then sums its pretrained filters over the colours, and expects
+    `normalize: {mean: [0.449], std: [0.226]}`.
     """
 
     def __new__(cls, *, name: str, num_classes: int, in_channels: int = 3, **arguments: Any) -> nn.Module:  # type: ignore[misc]

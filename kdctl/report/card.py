@@ -8,8 +8,8 @@ from typing import Any
 
 from kdctl import runs
 from kdctl.report import numbers as n
-from kdctl.report.claims import Side, label, sides, unit_of
-from kdctl.report.facts import Document, Facts, collect
+from kdctl.report.claims import Side, about, label, sides, unit_of
+from kdctl.report.facts import STUDENT, Document, Facts, collect
 from kdctl.report.origin import command_text, not_shown
 from kdctl.runs import Run
 
@@ -20,7 +20,7 @@ _LISTED_CLASSES = 20
 def write_card(run: Run) -> str:
     """Writes the card of a run that has a measured student, and returns where. It reads the run's files alone."""
     path = run / FILE
-    runs.write_text(path, card(collect([run])))
+    runs.write_text(path, card(collect([run], keep=True)))
     return str(path)
 
 
@@ -45,7 +45,7 @@ def card(facts: Facts) -> str:
         data=f"`{data}`",
         limits=[str(line) for line in not_shown(facts)],
         origin=_origin(facts),
-        taught=bool(lead.summary.get("teacher")),
+        taught=lead.taught,
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -71,8 +71,12 @@ def _what(facts: Facts, record: Document) -> str:
     if teacher:
         text += f", distilled with kdctl from `{teacher.get('kind')}`"
         text += f" with {teacher['parameters']:,} parameters." if n.is_number(teacher.get("parameters")) else "."
+    elif lead.taught:
+        text += ", distilled with kdctl; its last stage had no teacher."
     else:
         text += ", trained with kdctl without a teacher."
+    if lead.name != STUDENT:
+        text += f" It is a control of an experiment, {label(lead.name)}: made to be compared with, not to be used."
     return text
 
 
@@ -80,9 +84,11 @@ def _claim(facts: Facts) -> str:
     """What the group shows; of a run alone, that it shows nothing about its teacher."""
     texts: Sequence[str] = facts.result.get("statements") or list(filter(None, [facts.result.get("verdict")]))
     if texts:
-        lines = "\n".join(f"- {escaped(text)}" for text in texts)
+        lines = "\n".join(f"- {escaped(text)}" for text in [about(facts) + texts[0], *texts[1:]])
         return f"What the runs of its group show:\n\n{lines}"
-    if not facts.lead.summary.get("teacher"):
+    if facts.unfinished:
+        return "Its group of runs is not finished: nothing is shown yet."
+    if not facts.lead.taught:
         return "One run: what another seed would give is not known."
     return "One run, no control: nothing is shown about the teacher's help. `--with-baseline --seeds 5` shows it."
 

@@ -47,7 +47,7 @@ def sides(facts: Facts) -> list[Side]:
     lead = facts.lead
     found = [_side_of_run(facts, lead)] if lead.measured else []
     control = facts.control()
-    if control is not None:
+    if control is not None and control is not lead:
         found.append(_side_of_run(facts, control))
     teacher = lead.summary.get("teacher")
     if teacher:
@@ -65,17 +65,15 @@ def sides(facts: Facts) -> list[Side]:
 
 def _side_of_run(facts: Facts, run: RunFacts) -> Side:
     is_control = run.name == BASELINE
-    known = {metric: facts.intervals(metric, BASELINE if is_control else STUDENT) for metric in run.measured}
+    known = {metric: facts.intervals(metric, run.name) for metric in run.measured}
     cost = run.cost_of(STUDENT)
-    agreement = run.summary.get("agreement")
     if is_control:
-        rows = [row.get(BASELINE) or {} for row in facts.seeds if row["seed"] == run.seed]
-        agreement, lead = (rows[0].get("agreement") if rows else None), facts.lead.cost_of(STUDENT)
+        lead = facts.lead.cost_of(STUDENT)
         if all(cost.get(name) == lead.get(name) for name in ("kind", "parameters")):
             cost = lead  # the same net: what two measurements of it differ by is noise
     return Side(
-        run.name, run.name, run.measured, {m: i for m, i in known.items() if i and i.get("n", 1) > 1}, agreement, cost,
-        _latency(cost),
+        run.name, run.name, run.measured, {m: i for m, i in known.items() if i and i.get("n", 1) > 1}, run.agreement,
+        cost, _latency(cost),
     )  # fmt: skip
 
 
@@ -107,11 +105,15 @@ def summary(facts: Facts) -> Section:
         ]
         for side in models
     ]  # fmt: skip
+    last = facts.lead.summary.get("student", {}).get("last", {}).get(facts.lead.split)
+    if last and last != facts.lead.measured:
+        rows.insert(1, ["its last epoch", *(n.metric(m, last.get(m)) for m in metrics), *[NONE] * 5])
     caption: Cell = Markup("Measured on the {} split").format(facts.lead.split)
     if facts.lead.evaluation.get("samples"):
         caption += Markup(" of {} labelled samples").format(n.count(facts.lead.evaluation["samples"]))
     several = any(side.intervals for side in models)
     note = "Square brackets: 95 % interval of the mean over the seeds. " if several else ""
+    note += f"Last epoch, agreement, size and costs: of seed {facts.lead.seed}. " if several else ""
     note += "Latency: median of one image on one thread. A dash: not measured."
     section.blocks.append(Table(caption, [*head, "MACs", "latency"], rows, note))
     if any(side.latency is None for side in models):
@@ -131,26 +133,33 @@ def _statements(facts: Facts) -> Iterator[Prose | Items]:
     lead, result = facts.lead, facts.result
     texts = result.get("statements") or ([result["verdict"]] if result.get("verdict") else [])
     if texts:
-        yield Prose(said(texts[0]), "claim")
+        yield Prose(Markup("{}{}").format(about(facts), said(texts[0])), "claim")
         if texts[1:]:
             yield Items([said(text) for text in texts[1:]])
-    elif facts.training or not lead.done:
+    elif facts.training or facts.unfinished or not lead.done:
         yield Prose(_progress(facts), "claim")
-    elif lead.summary.get("teacher") is None:
+    elif not lead.taught:
         yield Prose("One run without a teacher: nothing is shown about distillation.", "claim")
     else:
         text = "One run, no control: nothing is shown about the teacher's help. "
         yield Prose(Markup("{}<code>{}</code> shows it.").format(text, WITH_CONTROL), "claim")
 
 
+def about(facts: Facts) -> str:
+    """What the claim of a group is about; nothing where no control was trained."""
+    known = "gain" in facts.result.get("summary", {})
+    return f"Student against {label(BASELINE)}, {unit_of(facts.primary)}: " if known else ""
+
+
 def _progress(facts: Facts) -> Markup:
     """How far an unfinished run, or group, is."""
-    run = next((m for m in facts.members if m.info["status"] == "running"), facts.lead)
+    halted = [m for m in facts.members if m.info["status"] not in ("done", "running")]
+    run = next((m for m in facts.members if m.info["status"] == "running"), (halted or [facts.lead])[0])
     text = Markup("{} is {}: the report shows what is there so far.").format(said(run.run), run.info["status"])
     if run.lines:
         last = run.lines[-1]
         text += Markup(" Stage {}, epoch {}.").format(said(last.get("stage")), n.count(last.get("epoch")))
-    if facts.group is not None and not facts.result:
+    if facts.group is not None and facts.unfinished:
         done, whole = sum(m.done for m in facts.members), len(facts.group.get("members", []))
         text += Markup(" {} of {} runs of the group are done.").format(done, whole)
     return text
@@ -247,7 +256,7 @@ def _forest(facts: Facts, key: str, title: str, rows: list[dict[str, Any]]) -> F
         for row in rows
     )
     drawn = plots.forest(f"{key}-plot", title, rows, f"difference, {unit_of(facts.primary)}", told)
-    text = ". Diamond: mean of the seeds; bar: 95 % interval; rings: seeds. A bar over zero shows no difference."
+    text = ". Diamond: mean of the seeds; bar: 95 % interval; rings: seeds. A bar that holds 0: no difference is shown."
     return Figure(drawn, title + text)
 
 

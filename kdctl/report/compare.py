@@ -6,6 +6,7 @@ in no file is None, never 0.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ def compare(words: Sequence[str], baseline: str | None = None) -> Document:
     for entry, row in zip(entries, rows, strict=True):
         row["against_baseline"] = None if entry is chosen else _against(row, rows[0])
     alike = _comparable(rows, entries, configs, notes)
+    for row in (row for row in rows if row not in alike):
+        row["against_baseline"] = None  # a difference between numbers about other samples is none
     pareto = _fronts(rows, alike)
     differences, same = _differences(entries, configs)
     notes += _about_noise(rows)
@@ -93,9 +96,10 @@ def _entries(word: str, notes: list[str]) -> list[Entry]:
     group = facts.info.get("group")
     file = facts.run.path.parent / group if group else None
     if file is not None and file.is_file():
-        members = _group_members(file, notes)
-        if sum(m.name == facts.name for m in members) > 1:
-            return _with_artefacts(members, facts.name, file)
+        with contextlib.suppress(MissingError):  # none of them is finished yet
+            members = _group_members(file, notes)
+            if sum(m.name == facts.name for m in members) > 1:
+                return _with_artefacts(members, facts.name, file)
     mine = Entry(str(facts.run), [facts], scope=_scope(facts))
     if not facts.summary:
         notes.append(f"{facts.run} is {facts.info['status']}: nothing of it is measured yet")
@@ -196,7 +200,7 @@ def _of_run(facts: RunFacts, experiment: Experiment | None) -> Document:
         "split": facts.split if measured else None,
         "samples": facts.evaluation.get("samples"),
         "metrics": measured,
-        "agreement": summary.get("agreement"),
+        "agreement": facts.agreement,
         "ece": measured.get("ece"),
         "bytes": weights.stat().st_size if weights.is_file() else cost.get("bytes"),
         "parameters": cost.get("parameters"),

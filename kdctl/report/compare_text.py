@@ -14,8 +14,8 @@ FORMATS = ("table", "md", "csv", "json", "html")
 MISSING = "-"
 _EXPLAINED = (
     "value: of several seeds their mean [95 % interval]; against: minus {baseline}, seed by seed within a group, else "
-    "by Welch's test; agree: % of samples decided as the teacher does; ms: median of one image; front: no other row is "
-    "better at these bytes, at these ms"
+    "by Welch's test; agree: % of samples decided as the teacher does, of a control as its student's teacher; ms: "
+    "median of one image; front: no other row is better at these bytes, at these ms"
 )
 Cells = list[list[str]]
 

@@ -22,6 +22,8 @@ _WIDE = 20.0
 def curves(facts: Facts) -> Section:
     """Four drawings a training stage of the lead run, its control's validation beside its own."""
     section = Section("curves", "Training")
+    if not facts.lead.lines and facts.lead.done:
+        return section.missing("Nothing was trained: the weights are those that the run was given")
     if not facts.lead.lines:
         return section.missing("No epoch is finished yet", f"kdctl resume {facts.lead.run}")
     section.blocks.append(_stage_table(facts.lead))

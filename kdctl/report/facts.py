@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdctl import runs
+from kdctl.config.expand import load_experiment
 from kdctl.errors import KdctlError, MissingError
 from kdctl.runs import Run
 
@@ -48,6 +49,17 @@ class RunFacts:
     def seed(self) -> int:
         return int(self.info.get("seed", 0))
 
+    @cached_property
+    def taught(self) -> bool:
+        """Whether a stage of the student had a teacher, be it not the last one."""
+        if self.summary.get("teacher"):
+            return True
+        try:
+            stages = load_experiment(self.run.config, require_files=False).experiment.train_stages
+        except KdctlError:
+            return False
+        return any(stage.teachers for stage in stages if stage.role == "student")
+
     @property
     def done(self) -> bool:
         return self.info["status"] == "done"
@@ -68,6 +80,19 @@ class RunFacts:
         return self.summary.get("student", {}).get("best", {}).get(self.split, {})
 
     @property
+    def agreement(self) -> float | None:
+        """Percent of samples decided as the teacher does: of a control, as the teacher of its group's student does,
+        which stands in the finished group's file. Its own teacher is a placebo, or none."""
+        if self.name == STUDENT:
+            return self.summary.get("agreement")
+        document = (self.read(f"../{self.info['group']}") if _group_path(self) else None) or {}
+        rows = [row for row in (document.get("result") or {}).get("seeds", []) if row["seed"] == self.seed]
+        found = [
+            row.get(BASELINE) if self.name == BASELINE else (row.get("controls") or {}).get(self.name) for row in rows
+        ]
+        return next((one.get("agreement") for one in found if one), None)
+
+    @property
     def evaluation(self) -> Document:
         return self.read(f"eval/{self.split}.json") or {}
 
@@ -76,14 +101,17 @@ class RunFacts:
 
     @property
     def lacking(self) -> list[str]:
-        """The analyses that are not there, or older than the student; layers are compared where there is a teacher."""
+        """The analyses that are not there, older than the student, or made while the teacher was away; layers are
+        compared where there is a teacher."""
         weights = self.run / "student.safetensors"
         if not weights.is_file():
             return []
         wanted = [name for name in ANALYSES if name != "cka" or self.summary.get("teacher")]
         paths = {name: self.run / "analysis" / f"{name}.json" for name in wanted}
         made = weights.stat().st_mtime_ns
-        return [name for name, path in paths.items() if not path.is_file() or path.stat().st_mtime_ns < made]
+        old = [name for name, path in paths.items() if not path.is_file() or path.stat().st_mtime_ns < made]
+        whole = "cost" in old or not self.summary.get("teacher") or self.analysis("cost")["models"].get("teacher")
+        return old if whole else [*old, "cost"]
 
     @property
     def config_text(self) -> str:
@@ -169,12 +197,17 @@ class Facts:
         return self.result.get("seeds", [])
 
     @property
+    def unfinished(self) -> bool:
+        """Whether there is a group that is not summed up yet, be it at work or interrupted."""
+        return self.group is not None and not self.result
+
+    @property
     def training(self) -> bool:
         """Whether something is still to come: a run at work, or members of the group that have not begun."""
         statuses = {member.info["status"] for member in self.members}
         if "running" in statuses:
             return True
-        return self.group is not None and not self.result and statuses <= {"done"}
+        return self.unfinished and statuses <= {"done"}
 
     def control(self, name: str = BASELINE) -> RunFacts | None:
         """The control of this name with the lead's seed, once it is measured."""
@@ -188,10 +221,10 @@ class Facts:
         return known or (summary.get(who) if metric == summary.get("metric") else None)
 
 
-def collect(given: Sequence[Run]) -> Facts:
+def collect(given: Sequence[Run], keep: bool = False) -> Facts:
     """The facts of the first run and its group; the other runs, without those of the same group, to compare with.
 
-    Of a group whose control was named, the report is about its first student.
+    Of a group whose control was named, the report is about its first student; keep: about the control all the same.
     """
     notes: list[str] = []
     first = RunFacts(given[0], notes)
@@ -199,7 +232,7 @@ def collect(given: Sequence[Run]) -> Facts:
     group = _group_document(path, notes)
     members = _members(first, group, path, notes)
     lead = first
-    if first.name != STUDENT:
+    if first.name != STUDENT and not keep:
         lead = next((member for member in members if member.name == STUDENT), first)
     mine = {member.run.path.resolve() for member in members}
     others = [RunFacts(run, notes) for run in given[1:] if run.path.resolve() not in mine]
@@ -223,17 +256,19 @@ def _group_document(path: Path | None, notes: list[str]) -> Document | None:
 
 
 def _members(first: RunFacts, group: Document | None, path: Path | None, notes: list[str]) -> list[RunFacts]:
-    found = [first]
+    found, gone = [first], []
     for member in (group or {}).get("members", []):
         assert path is not None
         place = path.parent.parent / str(member.get("run"))
         if member.get("run") is None or place.resolve() == first.run.path.resolve():
             continue
         if not runs.is_run(place):
-            notes.append(f"the group's run {member['run']} is not there any more")
+            gone.append(str(member["run"]))
             continue
         try:
             found.append(RunFacts(Run(place), notes))
         except KdctlError as error:
             notes.append(str(error))
+    if gone:
+        notes.append(f"runs of the group that are not there any more: {', '.join(gone)}")
     return sorted(found, key=lambda m: (m.name != STUDENT, m.name, m.seed))

@@ -84,7 +84,13 @@ def _hash(value: Any) -> Markup:
 def limits(facts: Facts, notes: list[str]) -> Section:
     """Notes of the runs, and what a reader might think that the page shows."""
     section = Section("limits", "Notes, and what this report does not show")
-    told = [*facts.lead.summary.get("notes", []), *facts.lead.evaluation.get("notes", []), *facts.notes, *notes]
+    told = [
+        *facts.lead.summary.get("notes", []),
+        *facts.result.get("notes", []),
+        *facts.lead.evaluation.get("notes", []),
+        *facts.notes,
+        *notes,
+    ]
     told += [note for made in facts.lead.artefacts for note in made.get("notes", [])]
     if told:
         section.blocks.append(Items([said(note) for note in dict.fromkeys(told)]))
@@ -103,6 +109,8 @@ def not_shown(facts: Facts) -> list[Cell]:
         found.append(
             "Uncertainty from the choice of the test samples: intervals are over seeds, on one split of one data set."
         )
+        if facts.lead.taught:
+            found.append("What another teacher would have given: all seeds of a group share one.")
         found.append("Fidelity, calibration, classes, robustness and layers of the other seeds.")
     if not _has_control(facts):
         found.append("Whether the teacher helped: there is no run without it under the same budget.")

@@ -40,7 +40,7 @@ def fidelity(facts: Facts) -> Section:
     known = facts.lead.evaluation.get("fidelity")
     if not known:
         if facts.lead.summary and not facts.lead.summary.get("teacher"):
-            return section.missing("There is no teacher to be faithful to")
+            return section.missing("The stage that made the student had no teacher to be faithful to")
         return section.missing("Fidelity is not measured", _evaluated_by(facts))
     section.blocks += _of_seed(facts)
     rows: list[list[Cell]] = [
@@ -309,7 +309,7 @@ def layers(facts: Facts, command: str) -> Section:
     known = facts.lead.analysis("cka")
     if not known.get("cka"):
         if facts.lead.summary and not facts.lead.summary.get("teacher"):
-            return section.missing("There is no teacher to compare layers with")
+            return section.missing("The stage that made the student had no teacher to compare layers with")
         return section.missing("The layers are not compared", command)
     section.blocks += _of_seed(facts)
     matrix, mine, theirs = known["cka"], known["student_layers"], known["teacher_layers"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,10 +53,11 @@ def markup(figure: Any, key: str, title: str, description: str) -> Markup:
     """The figure as an element of a page. key: unique on the page; title and description are read out for it."""
     import matplotlib
 
-    figure.get_layout_engine().execute(figure)
-    figure.set_layout_engine("none")  # else it would be laid out twice more
     target = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": key}):
+    with matplotlib.rc_context({"svg.hashsalt": key}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text: the browser has the font
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine("none")  # else it would be laid out twice more
         figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = target.getvalue()
     text = text[text.index("<svg") :]

@@ -24,6 +24,7 @@ from kdctl.config.expand import load_experiment
 from kdctl.control import control
 from kdctl.experiment import load_run
 from kdctl.models.record import load_model
+from kdctl.report.facts import RunFacts
 
 ROW = Row("student", "torch 2", 1, 1, 2.0, 3.0, 1.5, 500.0, 1000, 10)
 
@@ -85,6 +86,9 @@ def test_without_its_teacher(trained: Path, run: runs.Run, look: Any) -> None:
     finally:
         aside.rename(weights)
     assert set(found) == {"robustness", "cost"} and found["cost"]["models"]["teacher"] is None
+    assert found["cost"]["break_even"]["text"] == "the teacher could not be measured"
+    assert "cost" in RunFacts(run).lacking
+    assert look()[0]["cost"]["models"]["teacher"] is not None  # it is back, and so is its cost
     assert all(row["teacher"] is None for row in found["robustness"]["rows"])
     assert sum("foreign.safetensors" in text for text in said) == 3
 
@@ -144,13 +148,19 @@ def test_break_even_by_hand() -> None:
     assert found["inferences"] == 40_000 and found["saved_ms"] == 2.5
     assert found["text"] == (
         "the 100.0 s of training (40.0 s of them the teacher's) are won back after 40,000 images: "
-        "the student takes 0.5 ms an image, the teacher 3 ms"
+        "the student takes 0.5 ms of processor time an image, the teacher 3 ms"
     )
     given = cost.break_even(models(0.5, 3.0), training | {"teacher_seconds": 0.0})
     assert given["inferences"] == 24_000 and "teacher's)" not in given["text"]
 
 
-@pytest.mark.parametrize("teacher", [0.5, 0.4])
+@pytest.mark.parametrize("teacher", [0.5, 0.49, 0.52])
+def test_a_student_that_is_about_as_fast(teacher: float) -> None:
+    found = cost.break_even(models(0.5, teacher), {"student_seconds": 60.0, "teacher_seconds": 0.0})
+    assert found["inferences"] is None and found["text"].startswith("student and teacher are about equally fast")
+
+
+@pytest.mark.parametrize("teacher", [0.45, 0.4])
 def test_a_student_that_is_not_faster(teacher: float) -> None:
     found = cost.break_even(models(0.5, teacher), {"student_seconds": 60.0, "teacher_seconds": 0.0})
     assert found["inferences"] is None and found["saved_ms"] == pytest.approx(teacher - 0.5)

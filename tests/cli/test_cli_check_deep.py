@@ -200,3 +200,56 @@ def test_the_errors_of_training(
     (here / "deep.yaml").write_text(FILE.replace("kind: digits,", "kind: cifar10, root: ./none, download: true,"))
     document = _document(["check", "deep.yaml", "--deep", "--offline"], capsys)
     assert (document["ok"], document["code"]) == (False, 4), document
+
+
+WRONG = """\
+data: {kind: digits, limit: 300}
+teacher:
+  kind: digits_cnn
+  weights: WEIGHTS
+student: {kind: digits_cnn, width: 4}
+losses:
+  - {kind: ce}
+  - kind: fitnet
+    taps: [{student: block.1, teacher: layer1}, {student: layer1, teacher: nope}]
+train: {epochs: 1, threads: 1, device: cpu, precision: fp32}
+"""
+STAGES = """\
+stages:
+- name: first
+  epochs: 1
+  losses: [{kind: ce}]
+- name: second
+  epochs: 1
+  losses: [{kind: fitnet, taps: [layer9]}]
+"""
+
+
+def test_what_only_building_shows_has_its_place(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Term, model, file and line of taps, of normalisation and of weights that do not fit."""
+    torch.save({"a": torch.ones(2)}, here / "w.pth")
+
+    def problems(text: str, *overrides: str, verb: tuple[str, ...] = ("check", "--deep")) -> list[tuple[Any, ...]]:
+        (here / "wrong.yaml").write_text(text)
+        found = _document([verb[0], "wrong.yaml", *verb[1:], *overrides], capsys)
+        return [(Path(p["file"]).name, p["line"], p["key"], p["message"]) for p in found["errors"]]
+
+    untrained = WRONG.replace("weights: WEIGHTS", "train: {epochs: 1}")
+    said = [
+        ("wrong.yaml", 9, "losses.fitnet.taps", "the student (digits_cnn) has no module 'block.1'"),
+        ("wrong.yaml", 9, "losses.fitnet.taps", "the teacher (digits_cnn) has no module 'nope'"),
+    ]
+    assert problems(untrained) == said
+    assert problems(untrained, verb=("train", "--smoke")) == said
+    (missed,) = problems(untrained, "losses.fitnet.taps=[layer1#3]")
+    assert missed[:3] == ("override 1", None, "losses.fitnet.taps") and missed[3].startswith("student: tap 'layer1#3'")
+    lacks, more = problems(WRONG.replace("WEIGHTS", "w.pth"))
+    assert lacks[:3] == more[:3] == ("wrong.yaml", 4, "teacher.weights") and "lacks conv1.weight" in lacks[3]
+    several = WRONG.replace("teacher:\n  kind: digits_cnn\n  weights: WEIGHTS", "teacher:\n- {kind: digits_cnn}\n- T")
+    several = several.replace("- {kind: digits_cnn}", "- {kind: digits_cnn, control: true}")
+    second = problems(several.replace("- T", "- {kind: digits_cnn, weights: w.pth}"))
+    assert second[0][:3] == ("wrong.yaml", 4, "teacher.1.weights")
+    grey = problems(untrained.replace("width: 4", "normalize: imagenet"))
+    assert grey[0][:3] == ("wrong.yaml", 5, "student.normalize") and "the images have 1" in grey[0][3]
+    staged = WRONG.partition("losses:")[0].replace("weights: WEIGHTS", "control: true") + STAGES
+    assert problems(staged)[0][:3] == ("wrong.yaml", 12, "losses.fitnet.taps")

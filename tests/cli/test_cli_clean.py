@@ -162,6 +162,7 @@ def test_runs_of_an_unfinished_group_stay(call):
     make("z/001")  # else one of the group is the latest
     assert len(paths(call("--older", "30d", "--yes"))) == 2
     file.with_suffix(".yaml").touch()
+    file.with_suffix(".code").mkdir()
     assert paths(call()) == []  # its file was just written
     age(file.parent, 1)
     assert paths(call("--yes")) == ["runs/g/groups/001.json"]

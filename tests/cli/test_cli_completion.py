@@ -87,6 +87,7 @@ def test_other_shells_are_told_what_a_word_is_without_anything_heavy(home, shell
     assert "dkd" in "".join(lines) and "KL" in "".join(lines) and found.stderr == ""
     modules = set(json.loads((home / "modules.json").read_text()))
     assert "typer" in modules and not modules & {"torch", "numpy", "pydantic", "yaml", "rich", "torchvision"}
+    assert not modules & {"email", "socket"}  # of importlib.metadata and of several processes
 
 
 def test_bash_itself_completes(home):

@@ -88,6 +88,18 @@ def test_a_narrow_terminal_wraps(terminal):
     assert " ".join(lines).split().count("word") == 20
 
 
+def test_numbers_are_never_broken_on_a_narrow_terminal(terminal):
+    """What has no room beside the others stands below, again with the first column."""
+    names = [f"number {i}" for i in range(8)]
+    rows = [["first row", *(f"{i}{i},345.678" for i in range(8))]]
+    code = f"from kdctl.cli import console; console.print_table({['what', *names]!r}, {rows!r})"
+    lines = re.sub(r"\x1b\[[\d;]*m", "", terminal(code, width=60)).splitlines()
+    assert max(map(len, lines)) <= 60 and "" in lines
+    parts = [line.split()[2:] for line in lines if line.startswith("first row")]
+    assert len(parts) > 1 and [word for part in parts for word in part] == rows[0][1:]
+    assert len(re.sub(r"\x1b\[[\d;]*m", "", terminal(code, width=200)).splitlines()) == 2
+
+
 def test_a_pipe_does_not_wrap(capsys):
     console.print_table(["name", "summary"], [["a", "word " * 60]])
     assert len(capsys.readouterr().out.splitlines()) == 2

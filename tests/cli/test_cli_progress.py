@@ -218,3 +218,24 @@ def test_quiet_says_nothing(stream):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_bar_only_for_who_watches(stream, monkeypatch):
+    """Drawn once a work takes long, on a terminal; a line that is said in between stands above it, whole."""
+    monkeypatch.setattr(console, "_PATIENCE_S", 1e-9)
+    monkeypatch.setattr(console, "_PAUSE_S", 0.0)
+    terminal = stream(50)
+    with console.bar("asking", 40) as advance:
+        advance(10)
+        console.say("a line")
+        advance(30)
+    text = terminal.text
+    assert "10 of 40" in text and "\ra line\n" in text and text.rpartition("\r")[2] == ""
+    assert max(map(len, text.split("\r"))) <= 50
+    for quiet, kind in ((True, True), (False, False)):
+        silent = stream(50, terminal=kind)
+        console.set_up(quiet=quiet)
+        with console.bar("asking", 40) as advance:
+            advance(40)
+        assert silent.text == ""
+    console.set_up()

@@ -217,6 +217,50 @@ def test_every_component_can_be_explained(document, run, group):
         assert run("explain", f"{group}.{name}")[0] == 0
 
 
+OWN = '''
+from torch import nn
+
+from kdctl.losses.adapters import FeatureLoss
+
+
+class Net(nn.Module):
+    """A net of mine."""
+
+    def __init__(self, *, num_classes: int, width: int = 4) -> None: ...
+
+
+class Mine(FeatureLoss):
+    """A loss of mine."""
+
+    def __init__(self, *, sharpness: float = 2.0) -> None: ...
+
+
+class Odd: ...
+'''
+
+
+def test_explain_a_class_of_the_users_own(document, run, here):
+    (here / "own.py").write_text(OWN)
+    net, loss = document("explain", "./own.py:Net"), document("explain", "own.py:Mine")
+    assert (net["group"], net["summary"], [a["name"] for a in net["arguments"]]) == (
+        "models", "A net of mine.", ["width"]
+    )  # fmt: skip
+    assert (loss["group"], loss["declares"]["taps"], loss["arguments"][0]["default"]) == ("losses", "required", 2.0)
+    assert run("explain", "./own.py:Net")[1].count("A net of mine.") == 1
+    assert document("explain", "torchvision:resnet18")["preset"] == {"name": "resnet18"}
+    code, _, err = run("explain", "./own.py:Odd")
+    assert code == 2 and "`kdctl explain models../own.py:Odd`" in err
+    assert document("explain", "models../own.py:Odd")["group"] == "models"
+    code, _, err = run("explain", "./own.py:Nett")
+    assert code == 3 and "did you mean 'Net'" in err
+
+
+def test_explain_an_argument_that_is_misspelt(document, run):
+    assert document("explain", "kd.temperature")["default"] == 4.0
+    code, _, err = run("explain", "losses.kd.temprature")
+    assert code == 2 and "did you mean 'losses.kd.temperature'?" in err
+
+
 def test_explain_an_ensemble(document, run):
     found = document("explain", "ensembles.ca_mkd")
     assert (found["group"], found["name"], found["costs"]) == ("ensembles", "ca_mkd", None)
@@ -432,3 +476,47 @@ def test_show_a_run(document, run, here):
         assert document("show", name)["experiment"]["student"]["kind"] == "digits_cnn"
     code, _, err = run("show", "yours")
     assert code == 4 and "there is no run at 'yours'" in err
+
+
+# ------------------------------------------------------------------------------------------- what people get wrong
+
+
+@pytest.fixture
+def a_run(here):
+    """A finished run's folder with an artefact, as far as it is found without torch."""
+    home = here / "runs" / "mine" / "001"
+    (home / "artefacts" / "int8").mkdir(parents=True)
+    (home / "artefacts" / "int8" / "manifest.json").write_text("{}")
+    (home / "run.json").write_text(json.dumps({"created": "2030", "role": "main", "status": "done", "stages": {}}))
+    (home / "student.safetensors").touch()
+    (home / "config.yaml").write_text(SMALL)
+    (here / "digits.yaml").write_text(SMALL)
+    return home
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said", "hint"),
+    [
+        ("eval nofile.yaml", 4, "nofile.yaml: this file does not exist", "kdctl init"),
+        ("train digit.yaml", 4, "digit.yaml: this file does not exist", "did you mean 'digits.yaml'"),
+        ("train runs/mine/001", 3, "runs/mine/001: this is a folder", "`kdctl resume runs/mine/001`"),
+        ("eval --split tst", 2, "--split: got 'tst'; allowed: train, val, test", "did you mean 'test'"),
+        ("eval --checkpoint first", 2, "--checkpoint: got 'first'; allowed: best, last", None),
+        ("eval mine --against yours", 4, "there is no run at 'yours'", "kdctl list runs"),
+        ("eval runs/mine/001/artefacts/int4", 4, "there is no run", "did you mean 'runs/mine/001/artefacts/int8'"),
+        ("train digits.yaml --device gpu", 2, "--device: got 'gpu'; allowed: auto, cpu, cuda, cuda:N, mps", "cuda is"),
+        ("predict mine --device tpu --input digits.yaml", 2, "--device: got 'tpu'", None),
+        ("compress mine --quantize int9", 3, "command line: stages.1.dtype: got 'int9'", "did you mean 'int8'"),
+    ],
+)
+def test_what_people_get_wrong(run, a_run, line, code, said, hint):
+    got, out, err = run(*line.split())
+    assert (got, out) == (code, "") and err.startswith(said), err
+    assert hint is None or hint in err.partition("hint: ")[2], err
+
+
+def test_losses_of_a_file_with_stages(run, here):
+    (here / "staged.yaml").write_text(SMALL + "stages: [{name: a, losses: [{kind: ce}]}]\n")
+    code, _, err = run("check", "staged.yaml", "losses.ce.weight=2")
+    assert code == 3 and "stages.NAME.losses.ce.weight" in err
+    assert run("check", "staged.yaml", "stages.a.losses.ce.weight=2")[0] == 0

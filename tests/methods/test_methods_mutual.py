@@ -123,3 +123,9 @@ def test_a_term_that_copies_a_classifier_of_the_teacher_is_refused(tmp_path: Pat
 
 def test_the_config_needs_no_teacher(tmp_path: Path) -> None:
     assert load(tmp_path, TEXT).train_stages[0].teachers == []
+
+
+def test_only_terms_that_reach_the_student_have_a_share_of_its_gradient(tmp_path: Path) -> None:
+    line = run_it(tmp_path, TEXT, "train.epochs=1").metrics()[-1]
+    assert {"ce", "kd", "ce.peer2", "kd.peer3"} <= line["terms"].keys()
+    assert line["gradient_shares"].keys() == {"ce", "kd"} and sum(line["gradient_shares"].values()) == pytest.approx(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -39,13 +40,27 @@ def test_numbers_of_a_group_have_intervals(group: tuple[list[Run], Path]) -> Non
     run = group[0][0]
     text = Path(write_card(run)).read_text()
     summary = run.path.parent / "groups/001.json"
-    result = __import__("json").loads(summary.read_text())["result"]
+    result = json.loads(summary.read_text())["result"]
     mean = result["summary"]["student"]
     low, high = mean["ci95"]
     assert f"| student | {mean['mean']:.2f} [{low:.2f}, {high:.2f}] |" in text
     assert "mean of 5 seeds" in text and "control (no teacher)" in text and "| int8 |" in text
-    assert "- a gain: " in text and "Command: `kdctl train x.yaml`" in text and "`" + "ef" * 32 + "`" in text
+    assert (
+        "- Student against control (no teacher), top-1, %: a gain: " in text
+        and "Command: `kdctl train x.yaml`" in text
+        and "`" + "ef" * 32 + "`" in text
+    )
     assert text.startswith("---\n") and "license: unknown" in text and "and of the teacher" in text
+
+
+def test_the_card_of_a_control_is_its_own(group: tuple[list[Run], Path]) -> None:
+    runs, _ = group
+    for run, name in ((runs[1], "control (no teacher)"), (runs[4], "random teacher")):
+        value = json.loads((run / "summary.json").read_text())["student"]["best"]["test"]["top1"]
+        text = Path(write_card(run)).read_text()
+        assert f"It is a control of an experiment, {name}: " in text and "| student |" not in text
+        assert text.count(f"| {name} |") == 1 and (f"{value:.2f}" in text or name.startswith("control"))
+        assert "Seed: 0" in text
 
 
 def test_a_run_alone_claims_nothing_and_its_names_are_no_markup(tmp_path: Path) -> None:

@@ -178,6 +178,7 @@ def test_other_data_do_not_compare():
     config.write_text(config.read_text().replace("kind: digits\n", "kind: cifar10\n  root: x\n", 1))
     document = compare(["a", "b"])
     assert any("data.kind is cifar10, not digits" in note for note in document["notes"])
+    assert by_name(document)["runs/b/001"]["against_baseline"] is None
     assert document["pareto"]["bytes"] == ["runs/a/001"]
 
 
@@ -211,6 +212,23 @@ def test_a_run_of_a_group_that_is_gone_is_told(group):
     runs.write_json(group, {"members": [{"role": "main", "seed": 0, "run": "099"}]})
     with pytest.raises(MissingError, match="no run of"):
         compare([str(group)])
+
+
+def test_a_group_of_which_nothing_is_finished_is_told(group):
+    make("new/001", None, group="groups/001.json")
+    runs.write_json(Path("runs/new/groups/001.json"), {"members": [{"role": "main", "seed": 0, "run": "001"}]})
+    document = compare(["g", "new"])
+    assert by_name(document)["runs/new/001"]["value"] is None
+    assert any("runs/new/001 is running" in note for note in document["notes"])
+
+
+def test_controls_agree_with_their_students_teacher_or_not_at_all(group):
+    """What a run says of its own teacher, 90 here, is of another teacher where the run is a control."""
+    rows = by_name(compare([str(group)]))
+    assert [row["agreement"] for row in rows.values()] == [90.0, None]
+    seeds = [{"seed": seed, "baseline": {"agreement": 70.0 + seed}} for seed in range(3)]
+    runs.write_json(group, json.loads(group.read_text()) | {"result": {"seeds": seeds}})
+    assert [row["agreement"] for row in compare([str(group)])["rows"]] == [90.0, 71.0]
 
 
 def test_texts_escape_what_names_hold():

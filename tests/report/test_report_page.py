@@ -183,8 +183,14 @@ def test_numbers_are_held_against_files() -> None:
 
 def test_the_claim_comes_first_and_is_that_of_the_group(text: str, group: tuple[list[Run], Path]) -> None:
     statements = json.loads(group[1].read_text())["result"]["statements"]
-    claim = text.index(f'<p class="claim"><span class="said">{html.escape(statements[0])}')
+    about = "Student against control (no teacher), top-1, %: "
+    claim = text.index(f'<p class="claim">{about}<span class="said">{html.escape(statements[0])}')
     assert claim < text.index("<table") and statements[1] in text
+
+
+def test_the_last_epoch_stands_below_the_best(text: str, group: tuple[list[Run], Path]) -> None:
+    last = json.loads((group[0][0] / "summary.json").read_text())["student"]["last"]["test"]["top1"]
+    assert f'<th scope="row">its last epoch</th><td class="num"><data value="{last!r}">' in text
 
 
 def test_the_sections_are_there_in_order(page: Page, text: str) -> None:

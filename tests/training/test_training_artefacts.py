@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,8 @@ def test_compress_measures_what_lies_on_disk(run: runs.Run, capsys: pytest.Captu
     assert error is not None and error.code == 6 and "min_speedup" in str(error)
     assert document["notes"], "a net of a thousand weights cannot pay, and the notes say why"
     assert run.info["status"] == "done" and run.info["stages"]["int8-static"] == "done"
+    known = hashlib.sha256(run.config.read_bytes()).hexdigest()
+    assert runs.read_json(run / "provenance.json")["config_sha256"] == known
     products.show([document])
     assert "gate min_speedup" in capsys.readouterr().out
     _damage_is_named(run, folder)

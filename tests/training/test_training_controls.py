@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ HINTS = ("distill=null", "losses=[{kind: ce, weight: 0.2}, {kind: kd}, {kind: fi
 def made(run_it: Callable[..., tuple[runs.Run, dict[str, Any]]]) -> Made:
     """The runs that controls are made from: the small experiment, with its baseline, of seed 0."""
     run, document = run_it(controls=("baseline",))
-    return Made(run, {"main": run, "baseline": runs.Run(Path(document["seeds"][0]["baseline"]["run"]))})
+    own = {"main": run, "baseline": runs.Run(Path(document["seeds"][0]["baseline"]["run"]))}
+    return Made(run, own, [own])
 
 
 def settings(experiment: Experiment) -> dict[str, Any]:
@@ -56,12 +58,24 @@ def test_equal_time_trains_for_as_long_as_the_distillation_took(
     experiment: Callable[..., Experiment], made: Made
 ) -> None:
     made.same_seed["main"].update(seconds={"teacher": 100.0, "student": 7.6})
-    made.same_seed["baseline"].update(seconds={"student": 3.0})
+    made.same_seed["baseline"].update(seconds={"student": 0.6})  # of two epochs; the ten of below take 3.0
     longer, _ = CONTROLS["equal_time"].make(experiment("train.epochs=10"), made)
     assert [stage.epochs for stage in longer.train_stages] == [25]
     made.same_seed["main"].update(seconds={"student": 2.0})  # a teacher from a store, on a lucky day
     same, _ = CONTROLS["equal_time"].make(experiment("train.epochs=10"), made)
     assert [stage.epochs for stage in same.train_stages] == [10]
+
+
+def test_equal_time_is_that_of_all_seeds(experiment: Callable[..., Experiment], made: Made, folder: Path) -> None:
+    """The first seed fills the store, which costs it more than the others."""
+    made.same_seed["main"].update(seconds={"student": 9.0})
+    made.same_seed["baseline"].update(seconds={"student": 0.6})
+    second = {role: runs.Run(shutil.copytree(run.path, folder / role)) for role, run in made.same_seed.items()}
+    second["main"].update(seconds={"student": 3.0})
+    for own in (made.same_seed, second):
+        both = Made(made.first, own, [made.same_seed, second])
+        longer, _ = CONTROLS["equal_time"].make(experiment("train.epochs=10"), both)
+        assert [stage.epochs for stage in longer.train_stages] == [20]
 
 
 def test_a_random_teacher_is_the_same_net_untrained(experiment: Callable[..., Experiment], made: Made) -> None:
@@ -150,7 +164,8 @@ def test_a_group_with_every_control(folder: Path, run_it: Callable[..., Any]) ->
     _, group = run_it("train.epochs=1", *HINTS, seeds=2, controls=ALL)
     document = runs.read_json(Path(group["group"]))
     assert [(m["control"], m["seed"]) for m in document["members"]] == [
-        (name, seed) for seed in (0, 1) for name in (None, *ALL)
+        *((name, seed) for seed in (0, 1) for name in (None, *ALL) if name != "equal_time"),
+        *(("equal_time", seed) for seed in (0, 1)),
     ]
     for member in document["members"]:
         info = runs.Run(folder / "runs" / "small" / member["run"]).info
@@ -222,6 +237,8 @@ def test_names_of_controls_are_read() -> None:
         (("distill=null", "losses=[{kind: ce, label_smoothing: 0.1}, {kind: kd}]"), "label_smoothing", "would be the"),
         (("distill=null", "teacher=null", "losses=[{kind: ce}]"), "self", "this experiment has none"),
         (("distill=null", "teacher=null", "losses=[{kind: ce}]"), "shuffled_labels", "this experiment has none"),
+        (("data.batch_size=4", "train.accumulate=4"), "shuffled_labels", "leaves no other sample"),
+        (("method.kind=few_sample", "method.layers=[layer1]"), "self", "few_sample fits student and teacher"),
     ],
 )
 def test_what_cannot_be_controlled_is_refused_before_training(
@@ -261,6 +278,8 @@ def group_of(gain: dict[str, Any], **controls: tuple[bool, dict[str, Any], dict[
     return {"gain": gain, "controls": parts}
 
 
+ALIKE = {"mean": 1.0, "std": 0.0, "ci95": None, "n": 5, "p_value": None}
+"""All seeds differ by the same."""
 GAIN, NONE, LOSS = result(1.0, 3.0), result(-1.0, 1.0), result(-3.0, -1.0)
 
 
@@ -273,6 +292,7 @@ GAIN, NONE, LOSS = result(1.0, 3.0), result(-1.0, 1.0), result(-3.0, -1.0)
         (group_of(GAIN, shuffled_labels=(True, NONE, NONE)), "a gain", "see shuffled_labels"),
         (group_of(GAIN, shuffled_labels=(True, GAIN, GAIN)), "a gain", "see shuffled_labels"),
         (group_of(GAIN, self=(False, NONE, GAIN), equal_time=(False, LOSS, GAIN)), "a gain", "see self, equal_time"),
+        (group_of(GAIN, random_teacher=(True, GAIN, ALIKE)), "a gain", "see random_teacher"),
         (group_of(NONE, random_teacher=(True, NONE, NONE)), "no evidence of a gain", None),
         (group_of(LOSS, self=(False, NONE, LOSS)), "a loss", None),
     ],

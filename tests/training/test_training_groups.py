@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,13 @@ optimizer: {kind: adamw, lr: 0.01}
 stages:
   - {kind: train, name: gen1, role: assistant, epochs: 4}
   - {kind: train, name: gen2, student: {from: gen1}, teacher: {from: gen1}, losses: [{kind: ce}, {kind: kd}]}
+"""
+OWN_LOSS = """
+from kdctl.losses.kd import KD
+
+
+class Own(KD):
+    \"\"\"The usual one under a name of its own.\"\"\"
 """
 DROPOUT = """
 import torch
@@ -116,6 +124,49 @@ def test_further_seeds_take_everything_from_the_first_run_and_stay_whole(
     shutil.move(second.path, moved.path)
     shutil.rmtree(first.path)
     assert evaluate_run(moved, load_run(moved))["agreement"] == group["seeds"][1]["student"]["agreement"]
+
+
+def test_a_stage_goes_on_from_what_the_first_run_made(run_it: Callable[..., Any]) -> None:
+    """`from:` an assistant's stage, which the runs of further seeds do not have."""
+    text = GENERATIONS.replace("student: {from: gen1}", "from: gen1")
+    _, group = run_it(text=text, seeds=2, controls=("baseline", "shuffled_labels"))
+    for run in (group["seeds"][1]["run"], group["seeds"][1]["controls"]["shuffled_labels"]["run"]):
+        (stage,) = load_run(runs.Run(Path(run))).train_stages
+        assert (stage.name, stage.start) == ("gen2", "fresh")
+        assert stage.student is not None and str(stage.student.weights).endswith("teachers/gen1.safetensors")
+
+
+def test_a_group_without_a_test_split_or_its_time(folder: Path, run_it: Callable[..., Any]) -> None:
+    drawn = np.random.default_rng(0)
+    images, labels = drawn.integers(0, 255, (120, 8, 8), dtype=np.uint8), np.arange(120) % 4
+    np.savez(folder / "mine.npz", x_train=images, y_train=labels)
+    data = f"data={{kind: npz, path: {folder / 'mine.npz'}}}"
+    limits = ("teacher.control=true", "teacher.train=null", "train.max_minutes=0.000001")
+    _, group = run_it(data, *limits, seeds=2, controls=("baseline",))
+    assert group["statements"][-1].startswith("measured on the val split, for there is no test split")
+    assert all(row["baseline"]["agreement"] is not None for row in group["seeds"])
+    for role in ("main", "baseline"):
+        assert f"{role}: 2 of 2 runs ended before their last epoch: time budget spent" in group["notes"]
+
+
+def test_a_group_keeps_the_code_it_began_with(folder: Path, experiment: Callable[..., Experiment]) -> None:
+    """The user's own file is changed, then goes, and the tree of runs is moved, while members are still to come."""
+
+    class Stops(Reporter):
+        def say(self, text: str) -> None:
+            if "seed 1" in text:
+                raise RuntimeError
+
+    own = folder / "own.py"
+    own.write_text(OWN_LOSS)
+    losses = "losses=[{kind: ce}, {kind: ./own.py:Own, weight: 2}]"
+    with pytest.raises(RuntimeError):
+        train(Plan(experiment("distill=null", losses), "", seeds=2), Stops())
+    own.unlink()
+    shutil.move(folder / "runs" / "small", folder / "elsewhere")
+    result = resume(runs.Run(folder / "elsewhere" / "001"), Reporter())
+    codes = [Path(row["run"]) / "code" / "own.py" for row in result["seeds"]]
+    assert [code.read_text() for code in codes] == [OWN_LOSS] * 2
 
 
 def test_a_run_that_a_dead_process_made_is_taken_up(folder: Path, experiment: Callable[..., Experiment]) -> None:

@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 
 from kdctl import runs
+from kdctl.artefacts import measure
+from kdctl.bench.latency import Row
+from kdctl.config.recipe import recipe_of_options, with_stages
 from kdctl.config.schema import Experiment
 from kdctl.errors import MissingError
 from kdctl.experiment import Plan, resume, train
+from kdctl.extension import extend
 from kdctl.watch import Reporter
 
 RECORDER = '''
@@ -87,3 +91,19 @@ def test_a_missing_package_stops_before_anything(
     with pytest.raises(MissingError, match="needs mlflow"):
         train(Plan(experiment("loggers=[{kind: mlflow}]"), ""), Reporter())
     assert not list(folder.glob("runs/small/0*"))
+
+
+def test_a_finetune_of_a_finished_run_is_told(
+    run_it: Callable[..., Any], recorded: Callable[[], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more epoch, after those of the run; an extension that trains nothing has nothing to tell."""
+
+    def untimed(cells: Any) -> list[Row]:
+        return [Row(c.what, "", c.batch, c.threads, 1.0, 1.0, 1.0, 1000.0, 1, 1) for c in cells]
+
+    monkeypatch.setattr(measure, "measure_latency", untimed)
+    run, _ = run_it(RECORDED, *QUICK)
+    before = len(recorded())
+    for stage in ({"kind": "finetune", "epochs": 1}, {"kind": "low_rank"}):
+        extend(run, with_stages(run.config, [], recipe_of_options([stage])), Reporter())
+    assert [row[:4] for row in recorded()[before:]] == [["001 main", "finetune", 1, 3], ["001 main", "finish", "done"]]
