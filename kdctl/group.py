@@ -175,14 +175,15 @@ def state(summary: Mapping[str, Any], split: str = "test") -> list[str]:
         over, against = _result(control["gain"]), _result(control["against_baseline"])
         if control["placebo"]:
             others.append(f"placebo {role} against the baseline: {stats.verdict(against)}")
-            alike = (
-                against.ci95 is None and against.mean > 0
-            )  # all seeds gain the same: no interval says that it is luck
+            alike = against.ci95 is None and against.mean > 0  # in every seed: no interval says that it is luck
             doubts += [role] if stats.is_gain(against) or alike else []
         others.append(f"against {role}: {stats.verdict(over)}")
         doubts += [role] if stats.is_gain(gain) and not stats.is_gain(over) else []
-    if stats.is_gain(gain) and doubts:
-        claim += f"; but it is not shown to come from the teacher: see {', '.join(dict.fromkeys(doubts))}"
+    named = [role for role in dict.fromkeys(doubts) if role != "equal_time"]
+    if stats.is_gain(gain) and named:
+        claim += f"; but it is not shown to come from the teacher: see {', '.join(named)}"
+    if stats.is_gain(gain) and "equal_time" in doubts:
+        claim += "; but it is not shown to be worth its time: see equal_time"
     if split != "test":
         others.append(f"measured on the {split} split, for there is no test split: {_OTHER_SPLITS[split]}")
     return [claim, *others]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from kdctl import runs
 from kdctl.cli import console
 from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
-from kdctl.errors import UsageError, did_you_mean
+from kdctl.errors import MissingError, UsageError, did_you_mean
 
 _SPLITS = ("train", "val", "test")
 _QUALITY = {"brier": "Brier", "adaptive_ece": "adaptive ece", "balanced_accuracy": "balanced", "macro_f1": "macro F1"}
@@ -23,9 +23,11 @@ def eval_(
     against: Annotated[str | None, Option("--against", help="another run, measured beside it")] = None,
 ) -> Reply:
     """Measure student and teacher on the same samples, re-loaded from disk."""
-    for option, word, allowed in (("--split", split, _SPLITS), ("--checkpoint", checkpoint, ("best", "last"))):
-        if word not in allowed:
-            raise UsageError(f"{option}: got '{word}'; allowed: {', '.join(allowed)}", hint=did_you_mean(word, allowed))
+    if split not in _SPLITS:
+        hint = did_you_mean(split, _SPLITS)
+        raise MissingError(f"the data have no split '{split}'; there can be: {', '.join(_SPLITS)}", hint=hint)
+    if checkpoint not in ("best", "last"):
+        raise UsageError(f"--checkpoint: got '{checkpoint}'; allowed: best, last")
     from kdctl.config.expand import load_experiment
 
     path, other = Path(what), runs.find(against) if against else None

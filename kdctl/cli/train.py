@@ -105,7 +105,7 @@ def _show_run(document: dict[str, Any]) -> None:
         console.out(f"agreement with the teacher {document['agreement']:.2f} %")
     console.out(f"run {document['run']}")
     run = document["run"]
-    console.out(f"next: kdctl report {run}   kdctl eval {run}   kdctl compress {run} --quantize int8")
+    console.say(f"next: kdctl report {run}   kdctl eval {run}   kdctl compress {run} --quantize int8")
 
 
 def _row(metrics: dict[str, float], names: list[str]) -> list[str]:
@@ -139,7 +139,7 @@ def _show_group(document: dict[str, Any]) -> None:
     for statement in document["statements"][1:]:
         console.out(statement)
     console.out(f"group {document['group']}")
-    console.out(f"next: kdctl report {document['group']}")
+    console.say(f"next: kdctl report {document['group']}")
 
 
 def _interval(value: dict[str, Any]) -> str:

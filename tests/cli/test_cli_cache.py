@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import pytest
 
-from kdctl.cli import app
+from kdctl.cli import app, console
 
 FILE = """
 data: {kind: digits, limit: 100, augment: [{kind: random_crop, padding: 1}], views: 2, val_fraction: 0.1}
@@ -160,3 +161,16 @@ def test_a_mistake_is_shown_with_its_place(here, document):
     )
     (error,) = document("show", "a.yaml", code=3)["errors"]
     assert (error["file"], error["line"]) == ("a.yaml", 6) and "padding was 1, now 2" in error["message"]
+
+
+def test_a_bar_counts_what_is_asked(run, monkeypatch):
+    counted = []
+
+    @contextmanager
+    def bar(what, total):
+        counted.append(total)
+        yield lambda number: counted.append(-number)
+
+    monkeypatch.setattr(console, "bar", bar)
+    assert run("build", "a.yaml", "data.eval_batch_size=64")[0] == 0
+    assert counted[0] == ROWS and sum(counted) == 0 and len(counted) > 5

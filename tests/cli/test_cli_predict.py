@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +186,24 @@ def test_an_artefact_that_was_changed_is_refused(call, home):
         assert code == 1 and "checksum" in document["errors"][0]["message"]
     finally:
         path.write_bytes(whole)
+
+
+def test_a_bar_counts_every_image(home, monkeypatch):
+    """Of files as many as there are, known before; of a split as many as it has."""
+    seen = []
+
+    @contextmanager
+    def bar(what, total):
+        seen.append([total, 0])
+
+        def advance(number):
+            seen[-1][1] += number
+
+        yield advance
+
+    monkeypatch.chdir(home)
+    predictor = predicting.open_student(runs.find("mine"))
+    predicting.predict_files(predictor, ["images/0", "gone.png"], bar=bar)
+    predicting.predict_files(predictor, ["images/0", "grey.npy"], bar=bar)
+    predict_split(predictor, Digits().load().test, 64, bar)
+    assert seen == [[101, 101], [None, 600], [500, 500]]

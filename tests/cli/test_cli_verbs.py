@@ -484,13 +484,13 @@ def test_show_a_run(document, run, here):
 @pytest.fixture
 def a_run(here):
     """A finished run's folder with an artefact, as far as it is found without torch."""
+    (here / "digits.yaml").write_text(SMALL)
     home = here / "runs" / "mine" / "001"
     (home / "artefacts" / "int8").mkdir(parents=True)
     (home / "artefacts" / "int8" / "manifest.json").write_text("{}")
     (home / "run.json").write_text(json.dumps({"created": "2030", "role": "main", "status": "done", "stages": {}}))
     (home / "student.safetensors").touch()
-    (home / "config.yaml").write_text(SMALL)
-    (here / "digits.yaml").write_text(SMALL)
+    (home / "config.yaml").write_text(dump_yaml(load_experiment(here / "digits.yaml").experiment))
     return home
 
 
@@ -500,7 +500,7 @@ def a_run(here):
         ("eval nofile.yaml", 4, "nofile.yaml: this file does not exist", "kdctl init"),
         ("train digit.yaml", 4, "digit.yaml: this file does not exist", "did you mean 'digits.yaml'"),
         ("train runs/mine/001", 3, "runs/mine/001: this is a folder", "`kdctl resume runs/mine/001`"),
-        ("eval --split tst", 2, "--split: got 'tst'; allowed: train, val, test", "did you mean 'test'"),
+        ("eval --split tst", 4, "the data have no split 'tst'; there can be: train, val, test", "did you mean 'test'"),
         ("eval --checkpoint first", 2, "--checkpoint: got 'first'; allowed: best, last", None),
         ("eval mine --against yours", 4, "there is no run at 'yours'", "kdctl list runs"),
         ("eval runs/mine/001/artefacts/int4", 4, "there is no run", "did you mean 'runs/mine/001/artefacts/int8'"),

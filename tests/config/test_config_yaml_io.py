@@ -146,7 +146,7 @@ def test_a_missing_file_names_its_neighbour(write, tmp_path):
 
 
 def test_a_folder_and_an_impossible_path(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="this is a folder"):
         read_file(tmp_path)
     with pytest.raises(MissingError):
         read_file(tmp_path / "a\0b")

@@ -291,7 +291,16 @@ GAIN, NONE, LOSS = result(1.0, 3.0), result(-1.0, 1.0), result(-3.0, -1.0)
         (group_of(GAIN, random_teacher=(True, GAIN, LOSS), self=(False, GAIN, GAIN)), "a gain", None),
         (group_of(GAIN, shuffled_labels=(True, NONE, NONE)), "a gain", "see shuffled_labels"),
         (group_of(GAIN, shuffled_labels=(True, GAIN, GAIN)), "a gain", "see shuffled_labels"),
-        (group_of(GAIN, self=(False, NONE, GAIN), equal_time=(False, LOSS, GAIN)), "a gain", "see self, equal_time"),
+        (
+            group_of(GAIN, self=(False, NONE, GAIN), equal_time=(False, LOSS, GAIN)),
+            "a gain",
+            "from the teacher: see self; but it is not shown to be worth its time: see equal_time",
+        ),
+        (
+            group_of(GAIN, equal_time=(False, NONE, GAIN)),
+            "a gain",
+            "seeds, p = 0.010; but it is not shown to be worth its time: see equal_time",
+        ),
         (group_of(GAIN, random_teacher=(True, GAIN, ALIKE)), "a gain", "see random_teacher"),
         (group_of(NONE, random_teacher=(True, NONE, NONE)), "no evidence of a gain", None),
         (group_of(LOSS, self=(False, NONE, LOSS)), "a loss", None),
