@@ -13,7 +13,7 @@ import pytest
 import torch
 from pytest import approx
 
-from kdctl import checkpoint, clock, evaluate, pipeline
+from kdctl import checkpoint, clock, evaluate, summary
 from kdctl.clock import Clock
 from kdctl.config.schema import Experiment
 from kdctl.errors import DivergedError, KdctlError, OutOfMemoryError
@@ -127,7 +127,7 @@ def test_weights_that_are_best_and_last_are_measured_once(
         asked.append(checkpoint)
         return evaluate.evaluate_run(*given, checkpoint=checkpoint, **named)
 
-    monkeypatch.setattr(pipeline, "evaluate_run", counting)
+    monkeypatch.setattr(summary, "evaluate_run", counting)
     _, document = run_it("data.val_fraction=0")
     assert asked == ["best"] and document["student"]["kept"] == "last"
     run, document = run_it(
