@@ -262,4 +262,6 @@ def _augment(steps: Sequence[Any], seed: int) -> Augment:
 
 def _on_cpu(batch: Batch) -> Batch:
     strong = None if batch.strong is None else batch.strong.cpu()
-    return Batch(batch.inputs.cpu(), batch.targets.cpu(), batch.index.cpu(), batch.view.cpu(), strong=strong)
+    extra = {name: value.cpu() for name, value in batch.extra.items()}
+    given = (batch.inputs.cpu(), batch.targets.cpu(), batch.index.cpu(), batch.view.cpu())
+    return Batch(*given, strong=strong, extra=extra)

@@ -127,7 +127,7 @@ def cost(member: Member) -> Cost:
         _wait(member.device)
         ready = time.perf_counter()
         with autocast(member.device, member.precision):
-            fields = contents.encode(live(batch, contents.taps, contents.logits))
+            fields = contents.encode(live(batch, contents.taps, contents.logits), batch.inputs)
         _wait(member.device)
         preparing.append(ready - began)
         asking.append(time.perf_counter() - ready)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kdctl import build, ranks, runs
 from kdctl import checkpoint as checkpoints
@@ -40,16 +41,18 @@ Floats = NDArray[np.float32]
 class Predictor(Protocol):
     """Maps images to logits, and says what it takes and where it runs.
 
-    runtime: name and version. image_shape: (C, H, W). fixed_batch: the only batch size it takes, None for any.
-    Called with float32 images (N, C, H, W) in [0, 1]; returns float32 logits (N, C). Preprocessing is its own.
+    runtime: name and version. image_shape: (C, H, W), of texts (L,). fixed_batch: the only batch size it takes, None
+    for any.
+    Called with float32 images (N, C, H, W) in [0, 1], or token numbers, int64 (N, L); returns float32 logits (N, C).
+    Preprocessing is its own.
     """
 
     runtime: str
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     num_classes: int
     fixed_batch: int | None
 
-    def __call__(self, images: Floats) -> Floats: ...
+    def __call__(self, images: NDArray[Any]) -> Floats: ...
 
 
 class TorchPredictor:
@@ -63,13 +66,13 @@ class TorchPredictor:
         self.device = torch.device(device)
         self.precision = precision
         self.runtime = f"torch {torch.__version__}"
-        channels, height, width = model.record.image_shape
-        self.image_shape = (channels, height, width)
+        self.image_shape = model.record.input_shape
+        self.tokens = model.record.tokens
         self.num_classes = model.record.num_logits
         self.class_names = model.record.answers
 
     @torch.inference_mode()
-    def __call__(self, images: Floats) -> Floats:
+    def __call__(self, images: NDArray[Any]) -> Floats:
         with devices.autocast(self.device, self.precision):
             logits = find_logits(self.model(torch.from_numpy(images).to(self.device)))
         return logits.float().cpu().numpy()
@@ -96,7 +99,7 @@ class Predictions:
 
 
 def batches(split: Split, batch_size: int) -> Iterator[tuple[Floats, NDArray[np.int64], NDArray[np.int64]]]:
-    """Clean images as float32 in [0, 1], targets and indices, in order."""
+    """Clean images as float32 in [0, 1], or token numbers, with targets and indices, in the split's clean_order."""
     for batch in clean_batches(split, batch_size=batch_size, device=torch.device("cpu")):
         yield batch.inputs.numpy(), batch.targets.numpy(), batch.index.numpy()
 
@@ -112,7 +115,13 @@ def predict(
             targets.append(target)
             index.append(number)
             advance(len(target))
-    return Predictions(np.concatenate(logits), np.concatenate(targets), np.concatenate(index))
+    parts = [np.concatenate(part)[_as_it_stands(split).numpy()] for part in (logits, targets, index)]
+    return Predictions(*parts)
+
+
+def _as_it_stands(split: Split) -> Tensor:
+    """Where each sample of a split is in its clean_order."""
+    return torch.argsort(split.clean_order())
 
 
 def metrics(predictions: Predictions, task: Task) -> dict[str, float]:
@@ -141,7 +150,7 @@ def validate(
             logits.append(task.signals(outputs, batch).logits.float())
         if len(logits) < math.ceil(math.ceil(len(split) / everyone.size) / batch_size):
             task.forward(model, batch)  # sharded weights are put together by all processes or none
-        said = everyone.gathered(torch.cat(logits).cpu())
+        said = everyone.gathered(torch.cat(logits).cpu()[_as_it_stands(own)])
         return metrics(Predictions(said.numpy(), split.targets.numpy(), split.index.numpy()), task)
     finally:
         for name, module in model.named_modules():
@@ -157,7 +166,8 @@ def ask(
     for batch in clean_batches(split, batch_size=batch_size, name=name, device=device):
         with devices.autocast(device, precision):
             logits.append(teacher(batch, taps=()).logits.float().cpu())
-    return Predictions(torch.cat(logits).numpy(), split.targets.numpy(), split.index.numpy())
+    said = torch.cat(logits)[_as_it_stands(split)]
+    return Predictions(said.numpy(), split.targets.numpy(), split.index.numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

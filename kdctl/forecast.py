@@ -154,11 +154,10 @@ def _stage(experiment: Experiment, draft: _Draft, data: Data, store: dict[str, A
 
 
 def _model(model: Model, taps: Sequence[str], built: Built, few: Batch) -> dict[str, Any]:
-    channels, height, width = model.record.image_shape
     return {
         "kind": model.record.kind,
         "parameters": cost.parameters(model.net),
-        "macs": cost.macs(model, (channels, height, width)),
+        "macs": cost.macs(model),
         "taps": _tap_shapes(model, taps, built, few),
     }
 

@@ -20,6 +20,7 @@ from kdctl.build import Built
 from kdctl.config.dump import plain
 from kdctl.config.schema import Experiment, TrainStage
 from kdctl.data.prepare import Data, stratified
+from kdctl.data.tokenizer import FILE as TOKENIZER
 from kdctl.device import apply_settings
 from kdctl.errors import Interrupted, MissingError, Problem
 from kdctl.evaluate import ask, metrics
@@ -87,6 +88,8 @@ class Logged(Reporter):
 def _run_stages(
     run: Run, experiment: Experiment, reporter: Reporter, stop: StopSignal, data: Data, timed: bool
 ) -> dict[str, Any]:
+    if data.tokenizer is not None:
+        runs.write_text(run / TOKENIZER, data.tokenizer)
     for stage in experiment.train_stages:
         if stage.role != "compressed" and run.info["stages"].get(stage.name) != "done":
             _train(run, experiment, stage, data, reporter, stop)

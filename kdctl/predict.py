@@ -1,7 +1,8 @@
-"""Labels and probabilities for image files and arrays, by a run's student or by an artefact in its own runtime.
+"""Labels and probabilities for image files, arrays and texts, by a run's student or by an artefact in its own runtime.
 
 Needs neither the data nor the teacher of the run. Images become what the data pipeline would make of them: decoded as
-those of an image folder, in the channels and the size that the model's record names. N samples, C channels, H x W.
+those of an image folder, in the channels and the size that the model's record names; texts become numbers by the
+tokenizer that lies beside the model. N samples, C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 
 from kdctl.artefacts.yardstick import open_file
 from kdctl.data.image_folder import EXTENSIONS, Decoder
-from kdctl.errors import KdctlError, Problem
+from kdctl.data.tokenizer import FILE as TOKENIZER
+from kdctl.data.tokenizer import Tokenizer
+from kdctl.errors import KdctlError, MissingError, Problem
 from kdctl.evaluate import Floats, Predictor, TorchPredictor, quick
 from kdctl.export import manifest
 from kdctl.models.record import load_model
@@ -28,7 +31,7 @@ from kdctl.watch import Bar, no_bar
 
 BATCH = 128
 ARRAYS = {".npy", ".npz"}
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 _ROUNDING = 1e-6
 """How far a value may lie outside of [0, 1]: what float arithmetic adds."""
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)[:, None, None]
@@ -36,10 +39,10 @@ _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)[:, None, None]
 
 @dataclass(frozen=True)
 class Sample:
-    """One image to predict. pixels: float32 (C, H, W) in [0, 1] as the model takes it."""
+    """One sample to predict. pixels: float32 (C, H, W) in [0, 1] as the model takes it; of a text its numbers (L,)."""
 
     name: str
-    pixels: Floats
+    pixels: NDArray[Any]
 
 
 def open_student(run: Run, device: str = "cpu") -> TorchPredictor:
@@ -53,13 +56,18 @@ def open_artefact(folder: Path) -> Any:
     return open_file(str(made["target"]), folder / made["model"])
 
 
-def predict_files(predictor: Predictor, places: Sequence[str], top: int = 1, bar: Bar = no_bar) -> dict[str, Any]:
+def predict_files(
+    predictor: Predictor, places: Sequence[str], top: int = 1, bar: Bar = no_bar, home: Path | None = None
+) -> dict[str, Any]:
     """What a predictor says of files and of all that lies in folders: `predictions` and `failed`, in order.
 
     A prediction is {input, label, class, probability, top}: the most probable class and, in `top`, that many of them;
     probabilities are softmax in float64. Each file or image that cannot be read is one of `failed` {input, message,
-    hint} and does not keep the others from being predicted. bar: shows how far it is, in images.
+    hint} and does not keep the others from being predicted. bar: shows how far it is, in images or texts. home: the
+    folder of the run or the artefact, where the tokenizer of a model of texts lies. Raises MissingError without it.
     """
+    tokens = getattr(predictor, "tokens", None)
+    tokenizer = None if tokens is None else open_tokenizer(home, tokens)
     names = [str(number) for number in range(predictor.num_classes)]
     known = getattr(predictor, "class_names", None) or []
     names = [known[i] or name if i < len(known) else name for i, name in enumerate(names)]
@@ -69,7 +77,8 @@ def predict_files(predictor: Predictor, places: Sequence[str], top: int = 1, bar
 
     def ask() -> None:
         if waiting:
-            logits = predictor(np.stack([sample.pixels for sample in waiting]))
+            inputs = [sample.pixels for sample in waiting]
+            logits = predictor(np.stack(inputs) if tokens is None else _padded(inputs, tokens.pad))
             for sample, row in zip(waiting, softmax(logits), strict=True):
                 if np.isnan(row).any():
                     message = "the model gives numbers for it that are not finite"
@@ -78,8 +87,9 @@ def predict_files(predictor: Predictor, places: Sequence[str], top: int = 1, bar
                     predictions.append({"input": sample.name} | _chosen(row, names, top))
             waiting.clear()
 
-    with bar("predicting", _count(places)) as advance:
-        for found in samples(places, predictor.image_shape):
+    found_in = samples(places, predictor.image_shape) if tokenizer is None else texts(places, tokenizer, tokens)
+    with bar("predicting", _count(places) if tokenizer is None else None) as advance:
+        for found in found_in:
             advance(1)
             if isinstance(found, Problem):
                 failed.append({"input": found.file, "message": found.message, "hint": found.hint})
@@ -89,6 +99,29 @@ def predict_files(predictor: Predictor, places: Sequence[str], top: int = 1, bar
                 ask()
         ask()
     return {"samples": len(predictions), "predictions": predictions, "failed": failed}
+
+
+def open_tokenizer(home: Path | None, tokens: Any) -> Tokenizer:
+    """The tokenizer in the folder of a run or an artefact. Raises MissingError where it is not there, KdctlError where
+    it is not the one whose numbers the model takes."""
+    file = None if home is None else home / TOKENIZER
+    if file is None or not file.is_file():
+        place = "the model's folder" if home is None else str(home)
+        hint = f"copy the {TOKENIZER} of the run that the model is from there"
+        raise MissingError(f"the model takes texts, and there is no {TOKENIZER} in {place}", hint=hint)
+    tokenizer = Tokenizer.read(file)
+    if tokenizer.sha256 != tokens.tokenizer:
+        message = f"{file} is not the tokenizer that this model was trained with"
+        raise KdctlError(message, hint=f"copy the {TOKENIZER} of the run that the model is from there")
+    return tokenizer
+
+
+def _padded(rows: Sequence[NDArray[Any]], pad: int) -> NDArray[np.int64]:
+    """Numbers of texts as one array (N, L), padded behind."""
+    result = np.full((len(rows), max(map(len, rows))), pad, np.int64)
+    for row, own in zip(result, rows, strict=True):
+        row[: len(own)] = own
+    return result
 
 
 def softmax(logits: Floats) -> NDArray[np.float64]:
@@ -122,6 +155,27 @@ def samples(places: Sequence[str], shape: Shape) -> Iterator[Sample | Problem]:
             yield Problem("there is no such file", file=place)
         else:
             yield from _of_file(path, shape)
+
+
+def texts(places: Sequence[str], tokenizer: Tokenizer, tokens: Any) -> Iterator[Sample | Problem]:
+    """Every line of the files as a text, of pairs as two with a tab between; a Problem for what is none.
+
+    Empty lines are left out; a sample is called FILE:LINE.
+    """
+    for place in places:
+        try:
+            lines = Path(place).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            yield Problem(f"cannot be read as text: {reason}", file=place, hint="a file with one text a line")
+            continue
+        for number, line in enumerate(lines, 1):
+            name, parts = f"{place}:{number}", line.split("\t") if tokens.pairs else [line]
+            if tokens.pairs and line.strip() and len(parts) != 2:
+                yield Problem("the model takes pairs of texts, with one tab between them", file=name)
+            elif line.strip():
+                (numbers,) = tokenizer.encode(parts[:1], parts[1:] if tokens.pairs else None, tokens.length)
+                yield Sample(name, np.asarray(numbers, np.int64))
 
 
 def _walk(folder: Path) -> Iterator[Path]:

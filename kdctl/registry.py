@@ -39,7 +39,7 @@ GROUPS: dict[str, tuple[str, str]] = {
 """group -> (package, name of its table)."""
 
 GIVEN: dict[str, frozenset[str]] = {
-    "models": frozenset({"num_classes", "in_channels", "image_shape"}),
+    "models": frozenset({"num_classes", "in_channels", "image_shape", "vocab_size", "max_length", "pad"}),
     "optimizers": frozenset({"params"}),
 }
 """Arguments that kdctl itself supplies when it builds a component of the group; a file does not set them."""

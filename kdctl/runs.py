@@ -299,7 +299,9 @@ def is_run(path: Path) -> bool:
 def holds_model(weights: str) -> bool:
     """Whether weights are kdctl's own: a run directory, or a file with its record beside it."""
     path = Path(weights)
-    return path.is_dir() or (path.suffix in {".safetensors", ".json"} and path.with_suffix(".json").is_file())
+    if path.is_dir():
+        return not (path / "model.safetensors").is_file()  # which a published model's folder has
+    return path.suffix in {".safetensors", ".json"} and path.with_suffix(".json").is_file()
 
 
 def all_runs(root: Path = ROOT) -> list[Run]:

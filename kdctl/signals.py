@@ -90,6 +90,44 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class TokenInput:
+    """What a batch of texts, int64 (N, L), is made of.
+
+    vocab_size: token numbers are below it. length: the longest text. pad: the number behind a text that is shorter than
+    its batch's longest. first, separator: the numbers that begin a text and end it, mask: the one that stands for a
+    hidden token; None where there is none. pairs: whether a row is two texts, each ended by the separator. tokenizer:
+    the hash of what made the numbers.
+    """
+
+    vocab_size: int
+    length: int
+    pad: int
+    first: int | None = None
+    separator: int | None = None
+    mask: int | None = None
+    pairs: bool = False
+    tokenizer: str = ""
+
+    def is_text(self, tokens: Tensor) -> Tensor:
+        """(N, L) bool: which positions are not padding."""
+        return tokens != self.pad
+
+    def is_word(self, tokens: Tensor) -> Tensor:
+        """(N, L) bool: which positions are neither padding nor a text's first or separating token."""
+        found = self.is_text(tokens)
+        for number in (self.first, self.separator):
+            found = found if number is None else found & (tokens != number)
+        return found
+
+    def segments(self, tokens: Tensor) -> Tensor:
+        """(N, L) int64: of pairs 1 behind the first separator of a row, up to its padding; else 0."""
+        if not self.pairs or self.separator is None:
+            return torch.zeros_like(tokens)
+        ended = (tokens == self.separator).long()
+        return ((ended.cumsum(1) - ended > 0) & self.is_text(tokens)).long()
+
+
 @dataclass
 class Signals:
     """What a loss sees of a model on a batch.

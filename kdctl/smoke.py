@@ -1,4 +1,4 @@
-"""`kdctl train --smoke`: two steps of each stage on a slice of the data, or on synthetic images of the same shape."""
+"""`kdctl train --smoke`: two steps of each stage on a slice of the data, or on synthetic inputs of the same form."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from kdctl.config.dump import dump_yaml
 from kdctl.config.schema import DataSpec, Experiment, ModelSpec, OutputStage, TrainStage
 from kdctl.data.base import ArraySplit, Dataset, Split
 from kdctl.data.prepare import Data, split_dataset, stratified
+from kdctl.data.tokenizer import Tokenizer
+from kdctl.data.tokens import TokenSplit
 from kdctl.device import settle_by_rule
 from kdctl.errors import Interrupted, MissingError
 from kdctl.pipeline import run_stages
@@ -99,8 +101,9 @@ def _data(experiment: Experiment, notes: list[str]) -> Data:
     try:
         data = build.build_data(experiment)
     except MissingError as error:
-        notes.append(f"synthetic images stand in for the data: {error}")
-        data = split_dataset(_synthetic(spec, count), spec)
+        of_texts = spec.kind == "text"
+        notes.append(f"synthetic {'texts' if of_texts else 'images'} stand in for the data: {error}")
+        data = split_dataset(_texts(spec, count) if of_texts else _synthetic(spec, count), spec)
     train = _first(data.whole, count)
     labels = data.labels_per_class if data.labels_per_class == "all" else 1
     return dataclasses.replace(
@@ -128,3 +131,20 @@ def _synthetic(spec: DataSpec, count: int) -> Dataset:
 
     names = [str(number) for number in range(classes)]
     return Dataset(split(max(2 * count, 20 * classes)), test=split(max(_MEASURED, classes)), class_names=names)
+
+
+def _texts(spec: DataSpec, count: int) -> Dataset:
+    """Texts of a few made-up words in two classes, or in those that the file names."""
+    names = spec.arguments.get("class_names") or ["0", "1"]
+    words = torch.randint(0, 200, (max(2 * count, 20 * len(names)), 8), generator=torch.Generator().manual_seed(0))
+    texts = [" ".join(f"word{number}" for number in row) for row in words.tolist()]
+    pairs = spec.arguments.get("pair") is not None
+    tokenizer = Tokenizer.trained(texts, 400)
+    tokens = tokenizer.tokens(int(spec.arguments.get("max_length", 128)), pairs)
+    numbers = tokenizer.encode(texts, texts if pairs else None, tokens.length)
+
+    def split(samples: int) -> TokenSplit:
+        return TokenSplit.of(numbers[:samples], torch.arange(samples) % len(names), tokens)
+
+    test = split(min(max(_MEASURED, len(names)), len(texts)))
+    return Dataset(split(len(texts)), test=test, class_names=list(names), tokenizer=tokenizer.text)

@@ -34,9 +34,20 @@ from kdctl.config.expand import load_experiment
 from kdctl.errors import Interrupted, KdctlError
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["data", "losses", "teachers", "own_model", "own_loss", "distributed", "compression", "deployment", "reports"]
+PAGES = [
+    "data",
+    "losses",
+    "teachers",
+    "own_model",
+    "own_loss",
+    "distributed",
+    "compression",
+    "deployment",
+    "reports",
+    "text",
+]
 """Pages of docs/ whose commands are all run as they stand."""
-UNTIMED = ["compression", "deployment", "reports"]
+UNTIMED = ["compression", "deployment", "reports", "text"]
 """Those that measure latencies in fresh processes, which takes longer than all else: test_readme has that."""
 DOCS = ["README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in PAGES)]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

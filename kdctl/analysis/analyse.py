@@ -107,6 +107,8 @@ def _cka(found: _Found, say: Callable[[str], None]) -> dict[str, Any] | None:
 
 def _robustness(found: _Found, say: Callable[[str], None]) -> dict[str, Any]:
     split, task = chosen_split(found.data()), build.build_task(found.experiment)
+    if found.data().tokens is not None:
+        raise MissingError("its corruptions are of images, and the data are texts")
     samples = some_of(found.data().split(split))
     teachers: list[Model] = []
     try:

@@ -2,8 +2,9 @@
 
 Linear CKA (Kornblith et al., "Similarity of neural network representations revisited", ICML 2019) of all samples at
 once, with the unbiased estimator of HSIC (Song et al., "Feature selection via dependence maximization", JMLR 2012,
-eq. 5): the plain one is near 1 for any two layers with more features than samples. A feature is flattened whole; what
-is kept of a layer is its Gram matrix (N, N), so its size does not matter.
+eq. 5): the plain one is near 1 for any two layers with more features than samples. A feature is flattened whole, of
+texts, which differ in length, it is the mean over the tokens; what is kept of a layer is its Gram matrix (N, N), so its
+size does not matter.
 """
 
 from __future__ import annotations
@@ -83,9 +84,16 @@ def _children(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     found: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
         place = f"{path}.{name}" if path else name
-        container = isinstance(child, nn.Sequential | nn.ModuleList) and any(map(_has_children, child.children()))
-        found += _children(place, child) if container else [(place, child)]
+        found += _children(place, child) if _holds_blocks(child) else [(place, child)]
     return found
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether a module is a container with blocks in it, or nothing but a list of them, as encoders of texts are."""
+    inside = list(module.children())
+    if len(inside) == 1 and isinstance(inside[0], nn.ModuleList):
+        return _holds_blocks(inside[0])
+    return isinstance(module, nn.Sequential | nn.ModuleList) and any(map(_has_children, inside))
 
 
 def _places(parts: Sequence[tuple[str, nn.Module]]) -> list[str]:
@@ -132,7 +140,16 @@ def feature_bytes(model: Model, paths: Sequence[str], samples: Split) -> list[in
     images = next(iter(clean_batches(samples, batch_size=2, device=torch.device("cpu")))).inputs
     with Taps(model.net, paths) as taps, taps.recording() as features:
         model(images)
-    return [4 * features[path][0].numel() for path in paths]
+    return [4 * _rows(model, features[path], images)[0].numel() for path in paths]
+
+
+def _rows(model: Model, feature: Tensor, inputs: Tensor) -> Tensor:
+    """A feature as rows (N, D), in fp32; of tokens (N, L, D) the mean over those that are no padding."""
+    tokens, feature = model.record.tokens, feature.float()
+    if tokens is not None and feature.ndim == 3 and feature.shape[:2] == inputs.shape:
+        there = tokens.is_text(inputs)[:, :, None].float()
+        return (feature * there).sum(1) / there.sum(1).clamp_min(1)
+    return feature.flatten(1)
 
 
 def grouped(paths: Sequence[str], sizes: Sequence[int], budget: int) -> list[list[str]]:
@@ -157,7 +174,7 @@ def _centred_grams(model: Model, paths: Sequence[str], samples: Split) -> list[T
             with taps.recording() as features:
                 model(batch.inputs)
             for path in paths:
-                found[path].append(features[path].float().flatten(1).clone())
+                found[path].append(_rows(model, features[path], batch.inputs).clone())
     return [u_centred(gram(torch.cat(found.pop(path)))) for path in paths]
 
 

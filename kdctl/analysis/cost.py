@@ -61,11 +61,10 @@ def measure_cost(
 def known_costs(stem: Path) -> dict[str, int]:
     """`bytes` of the weights, `parameters`, and `macs` of one image, of a saved model."""
     model = load_model(stem)
-    channels, height, width = model.record.image_shape
     return {
         "bytes": cost.file_bytes(stem.with_name(stem.name + ".safetensors")),
         "parameters": cost.parameters(model.net),
-        "macs": cost.macs(model, (channels, height, width)),
+        "macs": cost.macs(model),
     }
 
 

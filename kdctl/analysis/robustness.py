@@ -48,7 +48,7 @@ def measure_robustness(
     metric = task.metrics()[task.primary]
     targets = samples.targets.numpy()
     rows: list[dict[str, Any]] = []
-    for corruption, severity, level in corruptions(min(samples.image_shape[1:])):
+    for corruption, severity, level in corruptions(min(samples.input_shape[1:])):
         logits: dict[str, list[Any]] = {who: [] for who in asked}
         for batch in clean_batches(samples, batch_size=batch_size, device=torch.device("cpu")):
             images = corrupt(batch, corruption, level).numpy()

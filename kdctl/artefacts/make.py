@@ -10,10 +10,11 @@ from typing import Any
 
 from kdctl import registry, runs
 from kdctl.artefacts.measure import gates, measure
-from kdctl.artefacts.yardstick import TORCH, Yardstick, image_shape, open_file
+from kdctl.artefacts.yardstick import TORCH, Yardstick, open_file
 from kdctl.compress.base import Compressor, Reshape
 from kdctl.compress.quantize import Quantize
 from kdctl.config.schema import OutputStage, TrainStage
+from kdctl.data.tokenizer import FILE as TOKENIZER
 from kdctl.errors import KdctlError
 from kdctl.export import files, manifest
 from kdctl.export.onnx import record_metadata
@@ -45,6 +46,8 @@ def make(yardstick: Yardstick, stage: OutputStage | TrainStage) -> dict[str, Any
         document |= {"artefact": str(Run(home / stage.name)), "variant": stage.name}
         document["gates"] = gates(document, stage, yardstick.task.primary)
         runs.write_json(aside / "result.json", document)
+        if (run / TOKENIZER).is_file():
+            shutil.copyfile(run / TOKENIZER, aside / TOKENIZER)
         described = manifest.describe(
             open_file(target, aside / file), target=target, variant=stage.name, model=file, source=source.parent.name,
             folder=aside,
@@ -70,7 +73,7 @@ def _produce(
         save_model(model, folder / MODEL)
         return TORCH, MODEL, {"training": runs.read_json(yardstick.run.stage_dir(stage.name) / "result.json")}
     plain = released(model)[0] if fake.is_quantized(model.net) else model  # whose record is that of the file's net
-    metadata, shape = record_metadata(plain.record.to_dict()), image_shape(model)
+    metadata, shape = record_metadata(plain.record.to_dict()), model.record.input_shape
     arguments = stage.arguments
     if stage.kind == "export":
         exporter = registry.load(registry.find("exporters", arguments["target"]))

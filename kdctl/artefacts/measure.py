@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kdctl import build, evaluate, registry, runs
-from kdctl.artefacts.yardstick import TORCH, Yardstick, image_shape, open_file, opener
+from kdctl.artefacts.yardstick import TORCH, Yardstick, open_file, opener
 from kdctl.bench import cost, notes
 from kdctl.bench.latency import Cell, Row
 from kdctl.bench.latency import measure as measure_latency
@@ -91,7 +91,7 @@ def _column(
     return {
         "bytes": size,
         "parameters": cost.parameters(model.net),
-        "macs": cost.macs(model, image_shape(model)),
+        "macs": cost.macs(model),
         "metrics": metrics,
         "latency_ms": {str(b): timed[name, b].p50_ms for b in BATCHES if timed},
         "cpu_ms": {str(b): timed[name, b].cpu_ms for b in BATCHES if timed},

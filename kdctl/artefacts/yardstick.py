@@ -15,12 +15,12 @@ import torch
 from kdctl import build, evaluate, registry
 from kdctl.compress.base import Floats, Workbench
 from kdctl.config.schema import Experiment, OutputStage, TrainStage
-from kdctl.data.loader import as_float
+from kdctl.data.loader import as_inputs
 from kdctl.data.prepare import Data, stratified
 from kdctl.evaluate import Predictions, TorchPredictor, batches, metrics, open_torch, predict, quick
 from kdctl.export import files
 from kdctl.export.onnx import record_metadata
-from kdctl.models.record import Model, load_model, released
+from kdctl.models.record import load_model, released
 from kdctl.quant import fake
 from kdctl.runs import Run
 from kdctl.signals import CLEAN, IGNORE, Batch
@@ -119,12 +119,7 @@ class Yardstick:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         for rows in order.split(128):
             view = torch.full((len(rows),), CLEAN)
-            yield Batch(as_float(train.fetch(rows)), train.targets[rows], train.index[rows], view)
-
-
-def image_shape(model: Model) -> tuple[int, int, int]:
-    channels, height, width = model.record.image_shape
-    return channels, height, width
+            yield Batch(as_inputs(train.fetch(rows)), train.targets[rows], train.index[rows], view)
 
 
 def opener(target: str) -> str:

@@ -19,6 +19,7 @@ from kdctl.models import record as records
 from kdctl.models.record import Model, ModelRecord
 from kdctl.models.weights import load_weights
 from kdctl.runs import holds_model
+from kdctl.signals import TokenInput
 
 IMAGENET = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
@@ -110,8 +111,23 @@ def _load_other_classes(
 
 
 def _record(spec: ModelSpec, data: Data) -> ModelRecord:
-    normalize: dict[str, list[float]] | None
-    channels = data.image_shape[0]
+    names = list(data.class_names)
+    if data.tokens is not None:
+        return ModelRecord(spec.kind, spec.arguments, len(names), names, image_shape=[], tokens=data.tokens)
+    return ModelRecord(
+        kind=spec.kind,
+        arguments=spec.arguments,
+        num_classes=len(names),
+        class_names=names,
+        image_shape=list(data.input_shape),
+        normalize=_normalize(spec, data),
+        input_size=spec.input_size,
+    )
+
+
+def _normalize(spec: ModelSpec, data: Data) -> dict[str, list[float]] | None:
+    """Mean and deviation of the channels, as a spec asks for them; None without."""
+    channels = data.input_shape[0]
     if spec.normalize == "imagenet" and channels != 3:
         grey = "normalize: {mean: [0.449], std: [0.226]}, the means of the three"
         message = f"imagenet's statistics are of 3 channels, and the images have {channels}"
@@ -119,21 +135,11 @@ def _record(spec: ModelSpec, data: Data) -> ModelRecord:
             Problem(message, key="normalize", hint=f"write {grey if channels == 1 else 'normalize: data'}")
         )
     if spec.normalize == "none":
-        normalize = None
-    elif spec.normalize == "data":
-        normalize = {"mean": list(data.mean), "std": list(data.std)}
-    else:
-        chosen = IMAGENET if spec.normalize == "imagenet" else spec.normalize
-        normalize = {"mean": list(chosen.mean), "std": list(chosen.std)}
-    return ModelRecord(
-        kind=spec.kind,
-        arguments=spec.arguments,
-        num_classes=len(data.class_names),
-        class_names=list(data.class_names),
-        image_shape=list(data.image_shape),
-        normalize=normalize,
-        input_size=spec.input_size,
-    )
+        return None
+    if spec.normalize == "data":
+        return {"mean": list(data.mean), "std": list(data.std)}
+    chosen = IMAGENET if spec.normalize == "imagenet" else spec.normalize
+    return {"mean": list(chosen.mean), "std": list(chosen.std)}
 
 
 def build_teachers(stage: TrainStage, data: Data, seed: int, stage_file: Callable[[str], Path]) -> list[Model]:
@@ -181,13 +187,28 @@ def _check_classes(record: ModelRecord, data: Data, key: str) -> None:
 
 
 def check_fits(record: ModelRecord, data: Data, key: str) -> None:
-    """Refuses a model for other images or another number of classes than the data have."""
+    """Refuses a model for other inputs or another number of classes than the data have."""
     if record.num_logits != len(data.class_names):
         message = f"the model has {record.num_logits} classes, the data {len(data.class_names)}"
         raise ConfigError(Problem(message, key=key, hint="name weights that were trained on these classes"))
-    if record.image_shape[0] != data.image_shape[0]:
-        message = f"the model takes {record.image_shape[0]} channels, the data have {data.image_shape[0]}"
+    if record.tokens != data.tokens:
+        _refuse_tokens(record.tokens, data.tokens, key)
+    elif record.tokens is None and record.image_shape[0] != data.input_shape[0]:
+        message = f"the model takes {record.image_shape[0]} channels, the data have {data.input_shape[0]}"
         raise ConfigError(Problem(message, key=key))
+
+
+def _refuse_tokens(own: TokenInput | None, there: TokenInput | None, key: str) -> None:
+    """Raises ConfigError for a model of other texts than the data's: its numbers would mean something else."""
+    if own is None or there is None:
+        kinds = ["images" if tokens is None else "texts" for tokens in (own, there)]
+        raise ConfigError(Problem(f"the model takes {kinds[0]}, the data are {kinds[1]}", key=key))
+    if own.tokenizer != there.tokenizer:
+        hint = "name the tokenizer that the model was trained with as data.tokenizer"
+        raise ConfigError(Problem("the model's texts were made into numbers by another tokenizer", key=key, hint=hint))
+    if own.length < there.length:
+        message = f"the model takes texts of {own.length} tokens, the data's have up to {there.length}"
+        raise ConfigError(Problem(message, key=key, hint=f"data.max_length: {own.length}"))
 
 
 def check_teacher(top1: float, chance: float, spec: TeacherSpec) -> None:

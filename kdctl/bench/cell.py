@@ -38,7 +38,10 @@ def _serve(replies: TextIO) -> None:
     module, _, name = cell["opener"].partition(":")
     predictor = getattr(importlib.import_module(module), name)(**cell["arguments"], threads=cell["threads"])
     generator = np.random.default_rng(0)
-    images = generator.random((cell["batch"], *predictor.image_shape), dtype=np.float32)
+    shape, tokens = (cell["batch"], *predictor.image_shape), getattr(predictor, "tokens", None)
+    images: Any = generator.random(shape, dtype=np.float32)
+    if tokens is not None:  # texts of full length
+        images = generator.integers(1, tokens.vocab_size, shape)
     for _ in range(WARM_UP_CALLS):
         predictor(images)
     _reply(replies, {"runtime": predictor.runtime})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +16,14 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one image (C, H, W); the model is left as it is."""
+def macs(model: nn.Module, shape: Sequence[int] | None = None) -> int:
+    """Multiply-accumulates of convolutions and matrix products for one input; the model is left as it is.
+
+    shape: (C, H, W) of an image; left out, the input is that of the model's record, a text one of full length.
+    """
     copied = copy.deepcopy(model).cpu().float().eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copied(torch.zeros(1, *image_shape))
+        copied(model.record.example() if shape is None else torch.zeros(1, *shape))  # type: ignore[operator, union-attr]
     return counter.get_total_flops() // 2
 
 

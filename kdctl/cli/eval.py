@@ -108,12 +108,14 @@ def _lines(document: dict[str, Any]) -> list[str]:
             lines.append(f"{who}: {text}")
     fidelity = document.get("fidelity")
     if fidelity is not None:
-        lines.append(
+        line = (
             f"fidelity: KL(teacher || student) {_number(fidelity['kl'])}, right: both {_number(fidelity['both_right'])}"
-            f" %, student alone {_number(fidelity['student_only'])} %, teacher alone "
-            f"{_number(fidelity['teacher_only'])} %; of the teacher's errors {_number(fidelity['inherited_errors'])} % "
-            "are the student's too"
+            f" %, student alone {_number(fidelity['student_only'])} %, "
+            f"teacher alone {_number(fidelity['teacher_only'])} %"
         )
+        if fidelity["inherited_errors"] is not None:
+            line += f"; of the teacher's errors {_number(fidelity['inherited_errors'])} % are the student's too"
+        lines.append(line)
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`kdctl predict`: labels and probabilities for image files and arrays, by a run's student or an artefact."""
+"""`kdctl predict`: labels and probabilities for image files, arrays and texts, by a run's student or an artefact."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ def predict(
         list[str] | None, Argument(metavar="RUN", help="a run or an artefact, else latest; then further files")
     ] = None,
     files: Annotated[
-        list[str] | None, Option("--input", metavar="FILE", help="images, .npy or .npz arrays, folders of them")
+        list[str] | None,
+        Option("--input", metavar="FILE", help="images, .npy or .npz arrays, folders of them; texts, one a line"),
     ] = None,
     top: Annotated[int, Option("--top", min=1, help="how many classes are told of each")] = 3,
     output: Annotated[str | None, Option("-o", "--output", metavar="FILE", help="Write all as JSONL here.")] = None,
     device: Annotated[str | None, Option("--device", help="Where a run's student computes; cpu when left out.")] = None,
 ) -> Reply:
-    """Labels and probabilities for image files and arrays, by a run's student or an artefact in its own runtime.
+    """Labels and probabilities for images, arrays and texts, by a run's student or an artefact in its own runtime.
 
     Needs neither the data nor the teacher. Files may follow --input, as in `kdctl predict RUN --input photos/*.png`.
-    Arrays are uint8, or floating point in [0, 1]: (N, H, W), (N, H, W, C) or (N, C, H, W). What cannot be read is told
-    at the end, with exit code 1; the others are predicted all the same.
+    Arrays are uint8, or floating point in [0, 1]: (N, H, W), (N, H, W, C) or (N, C, H, W). A model of texts takes
+    text files, one text a line, two of a pair with a tab between. What cannot be read is told at the end, with exit
+    code 1; the others are predicted all the same.
     """
     if device is not None:
         check_device(device)
     place, more = _sorted_words(what or [])
     places = [*(files or []), *more]
     if not places:
-        raise UsageError("no file to predict", hint="name some after --input: images, arrays, folders")
+        raise UsageError("no file to predict", hint="name some after --input: images, arrays, folders, text files")
     artefact = Path(place) if place and (Path(place) / "manifest.json").is_file() else None
     if artefact and device:
         raise UsageError("--device is for a run: an artefact computes in its own runtime", hint="leave --device out")
@@ -53,8 +55,9 @@ def predict(
         predictor = predicting.open_student(run, _device(device))
     console.detail(f"{artefact or run} takes {tuple(predictor.image_shape)} in {predictor.runtime}")
     home = run if artefact is None else _run_of(artefact)
+    folder = artefact if run is None else run.path
     head = {"run": home and str(home), "artefact": artefact and str(artefact), "runtime": predictor.runtime}
-    document = head | predicting.predict_files(predictor, places, top, console.bar) | {"written": output}
+    document = head | predicting.predict_files(predictor, places, top, console.bar, folder) | {"written": output}
     if output is not None:
         lines = [*document["predictions"], *document["failed"]]
         runs.write_text(Path(output), "".join(json.dumps(line) + "\n" for line in lines))

@@ -22,10 +22,10 @@ Floats = NDArray[np.float32]
 class Workbench:
     """What a stage of compression works with beside the model.
 
-    images: a stream of batches of clean training images (N, C, H, W) in [0, 1], in a random order that is always the
-    same. batches: the same images as labelled batches. quality: the task's metric of a predictor (images to logits) on
-    the validation split, or on training images where there is none: never on the test split. of_student: that of the
-    model that compression began with. say: tells the user.
+    images: a stream of batches of clean training images (N, C, H, W) in [0, 1], or of texts, int64 (N, L), in a random
+    order that is always the same. batches: the same samples as labelled batches. quality: the task's metric of a
+    predictor (images or texts to logits) on the validation split, or on training samples where there is none: never on
+    the test split. of_student: that of the model that compression began with. say: tells the user.
     """
 
     task: Task
@@ -75,14 +75,15 @@ class Compressor(Compression):
         self,
         model: Model,
         bench: Workbench,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         out: Path,
         metadata: dict[str, Any],
         max_drop: float | None = None,
     ) -> dict[str, Any]:
         """Writes the compressed model to `out`; returns what it did, as JSON values.
 
-        max_drop: points of `bench.quality` that may be lost; where the stage can give up some of its gain to hold it,
-        it does. Raises KdctlError where the images do not fit the model.
+        image_shape: (C, H, W), or (L,) of the longest text. max_drop: points of `bench.quality` that may be lost; where
+        the stage can give up some of its gain to hold it, it does. Raises KdctlError where the images do not fit the
+        model.
         """
         raise NotImplementedError

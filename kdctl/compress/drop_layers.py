@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from kdctl.bench import cost as measured
 from kdctl.compress.base import Floats, Reshape, Reshaped, Workbench
-from kdctl.compress.prune import take_images
+from kdctl.compress.prune import take_samples
 from kdctl.config.types import Fraction, PositiveInt
 from kdctl.errors import ConfigError, KdctlError, Problem
 from kdctl.models import structure
@@ -24,7 +25,9 @@ from kdctl.taps import Taps
 class DropLayers(Reshape):
     """Removes residual or transformer blocks, each time the one whose absence does the least harm.
 
-    A block can go where its shortcut alone is the identity: with all of its weights zero it hands on its input.
+    A block can go where its shortcut alone is the identity: with all of its weights zero it hands on its input. So can
+    one of a list of blocks that normalise their sums (as those of BERT): its shortcut alone normalises once more what
+    the block before it has normalised.
     Papers: Fan, Grave & Joulin, Reducing Transformer Depth on Demand with Structured Dropout, ICLR 2020 (every other);
         Men et al., ShortGPT: Layers in Large Language Models Are More Redundant Than You Expect, 2024 (by effect).
 
@@ -57,13 +60,12 @@ class DropLayers(Reshape):
             raise ConfigError(Problem(message, key="blocks"))
         dropped, tried = self._choose(model, found, count, bench)
         result = without(model, dropped)
-        shape = tuple(model.record.image_shape)
         details: dict[str, Any] = {
             "blocks": found,
             "dropped": dropped,
             "choose": self.choose,
             "effect": tried,
-            "macs": [measured.macs(m, shape) for m in (model, result)],  # type: ignore[arg-type]
+            "macs": [measured.macs(m) for m in (model, result)],
             "parameters": [measured.parameters(m) for m in (model, result)],
         }
         return Reshaped(result, details)
@@ -82,18 +84,18 @@ class DropLayers(Reshape):
             turn = {}
             for path in (path for path in found if path not in dropped):
                 block = trial.net.get_submodule(path)
-                structure.put(trial.net, path, nn.Identity())
+                structure.skip(trial.net, path)
                 turn[path] = round(harm(trial), 8)
                 structure.put(trial.net, path, block)
             best = min(turn, key=lambda path: turn[path])
-            structure.put(trial.net, best, nn.Identity())
+            structure.skip(trial.net, best)
             dropped.append(best)
             tried.append(turn)
         return dropped, tried
 
     def _noise(self, model: Model, bench: Workbench) -> Callable[[Model], float]:
         """The squared error of the logits by their square."""
-        images = take_images(bench, self.samples)
+        images = take_samples(model, bench, self.samples)
         whole = _logits(model, images)
         power = max(float(whole.pow(2).sum()), 1e-30)
         return lambda other: float((_logits(other, images) - whole).pow(2).sum()) / power
@@ -126,14 +128,18 @@ def without(model: Model, dropped: Iterable[str]) -> Model:
 @torch.no_grad()
 def residual_blocks(model: Model) -> list[str]:
     """The paths of the blocks that can be left out, innermost ones, in the order of definition."""
-    images = torch.rand(2, *model.record.image_shape, generator=torch.Generator().manual_seed(0))
     paths = [
         path
         for path, module in model.net.named_modules()
         if path and next(module.children(), None) is not None and next(module.parameters(), None) is not None
     ]
-    found = [path for path, given in _inputs(model, paths, images).items() if _hands_on(model.net, path, given)]
-    return [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
+    given = _inputs(model, paths, model.record.example(2))
+    found = [path for path in given if _hands_on(model.net, path, given[path])]
+    found = [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
+    blocks = [path for path in given if _is_in_list(model.net, path)]
+    blocks = [path for path in blocks if not any(f"{other}.".startswith(f"{path}.") for other in found)]
+    normalised = [path for path in blocks if _only_normalises(model, path, given[path])]
+    return [path for path in paths if path in found or path in normalised]
 
 
 def _inputs(model: Model, paths: list[str], images: Tensor) -> dict[str, Tensor]:
@@ -159,6 +165,38 @@ def _hands_on(net: nn.Module, path: str, given: Tensor) -> bool:
     except (RuntimeError, TypeError, ValueError):
         return False
     return isinstance(result, Tensor) and result.shape == given.shape and torch.equal(result, given)
+
+
+def _is_in_list(net: nn.Module, path: str) -> bool:
+    return isinstance(net.get_submodule(path.rpartition(".")[0]), nn.ModuleList)
+
+
+def _only_normalises(model: Model, path: str, given: Tensor) -> bool:
+    """Whether a module whose weights are zero but for those of its norms hands on what is normalised.
+
+    What else it is called with, such as the mask of attention, is what the model calls it with.
+    """
+    block = copy.deepcopy(model.net.get_submodule(path))
+    norms = [part for part in block.modules() if isinstance(part, nn.LayerNorm) and part.elementwise_affine]
+    for parameter in block.parameters():
+        parameter.zero_()
+    for norm in norms:
+        norm.weight.fill_(1)
+    count = sum(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in _parameters(block))
+    others = [f"{path}:in.{number}" for number in range(1, count)]
+    given = nn.functional.layer_norm(given, given.shape[-1:])
+    try:
+        with Taps(model.net, others) as taps, taps.recording() as features:
+            model(model.record.example(2))
+        result = block(given.clone(), *(features[other] for other in others))
+    except (ConfigError, RuntimeError, TypeError, ValueError):
+        return False
+    alike = isinstance(result, Tensor) and result.shape == given.shape
+    return bool(norms) and alike and torch.allclose(result, given, atol=1e-3)
+
+
+def _parameters(block: nn.Module) -> list[inspect.Parameter]:
+    return [p for p in inspect.signature(block.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
 
 
 @torch.no_grad()

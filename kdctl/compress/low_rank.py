@@ -77,10 +77,8 @@ class LowRank(Reshape):
         """
         from kdctl.bench.cost import macs, parameters
 
-        channels, height, width = model.record.image_shape
-        shape = (channels, height, width)
-        before = {"parameters": parameters(model), "macs": macs(model, shape)}
-        layers = _find(model, shape, self)
+        before = {"parameters": parameters(model), "macs": macs(model)}
+        layers = _find(model, self)
         if self.convolution == "cp":
             bench.say(f"low_rank: fitting CP to {len(layers)} layers, which takes minutes where they are wide")
         chosen = self._choose(layers)
@@ -96,7 +94,7 @@ class LowRank(Reshape):
                 tensors |= weights
                 report.append(_describe(layer, option.ranks, kept, weights))
         result = _rebuilt(model, edits, tensors)
-        after = {"parameters": parameters(result), "macs": macs(result, shape)}
+        after = {"parameters": parameters(result), "macs": macs(result)}
         details = {name: {"before": before[name], "after": after[name]} for name in before}
         return Reshaped(result, {"convolution": self.convolution, **details, "layers": report})
 
@@ -117,7 +115,7 @@ class LowRank(Reshape):
         return chosen
 
 
-def _find(model: Model, shape: tuple[int, int, int], stage: LowRank) -> list[_Layer]:
+def _find(model: Model, stage: LowRank) -> list[_Layer]:
     """The plain layers of the net that a forward calls and that `layers` and `skip` leave, in the order of the net."""
     import torch
     from torch import nn
@@ -141,7 +139,7 @@ def _find(model: Model, shape: tuple[int, int, int], stage: LowRank) -> list[_La
     }
     named = _named([path for path, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)], stage)
     wanted = [path for path in plain if path in named]
-    maps = _maps(model, shape, wanted)
+    maps = _maps(model, wanted)
     found = []
     for path in wanted:
         if path in maps:
@@ -165,9 +163,7 @@ def _named(paths: list[str], stage: LowRank) -> set[str]:
     return named.difference(*(fnmatch.filter(paths, pattern) for pattern in stage.skip))
 
 
-def _maps(
-    model: Model, shape: tuple[int, int, int], paths: list[str]
-) -> dict[str, tuple[tuple[int, int], tuple[int, int], int]]:
+def _maps(model: Model, paths: list[str]) -> dict[str, tuple[tuple[int, int], tuple[int, int], int]]:
     """For each layer that a forward calls: the map (H, W) that it gets, the one it makes, how often it is called.
 
     A linear layer's rows (tokens) count as a map's height.
@@ -177,15 +173,16 @@ def _maps(
 
     from kdctl.taps import Taps
 
-    image = torch.zeros(1, *shape, device=next(model.parameters()).device)
+    reference = next(model.parameters())
+    sample = _sample(model, reference)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image)
+        model(sample)
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     prefix = f"{type(model).__name__}.net."
     called = [path for path in paths if flops.get(prefix + path, 0) > 0]
     with torch.no_grad(), Taps(model.net, [p for path in called for p in (path, f"{path}:in")]) as taps:
         with taps.recording() as features:
-            model(image)
+            model(sample)
     maps = {}
     for path in called:
         weight = model.net.get_submodule(path).weight
@@ -194,6 +191,12 @@ def _maps(
         calls = flops[prefix + path] // (2 * weight.numel() * after[0] * after[1])
         maps[path] = (before, after, calls)
     return maps
+
+
+def _sample(model: Model, reference: Tensor) -> Tensor:
+    """One input of the model, on the device of a tensor and, of an image, in its type."""
+    sample = model.record.example().to(reference.device)
+    return sample.to(reference.dtype) if sample.is_floating_point() else sample
 
 
 def _map(feature: Tensor, dims: int) -> tuple[int, int]:
@@ -297,7 +300,7 @@ def _rebuilt(model: Model, edits: list[dict[str, Any]], tensors: dict[str, Tenso
     result = result.to(reference.device, reference.dtype).eval()
     with torch.no_grad():
         try:
-            logits = result(torch.zeros(1, *model.record.image_shape, device=reference.device, dtype=reference.dtype))
+            logits = result(_sample(model, reference))
         except (AttributeError, RuntimeError, TypeError) as error:
             hint = "its forward looks into a layer that became a chain: name that layer in `skip`"
             raise KdctlError(f"the factorised model does not run: {error}", hint=hint) from None

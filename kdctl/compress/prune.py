@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdctl.bench import cost as measured
-from kdctl.compress.base import Floats, Reshape, Reshaped, Workbench
+from kdctl.compress.base import Reshape, Reshaped, Workbench
 from kdctl.compress.channels.budget import Costs, Of, OutOfReach, Ranking, Way, cheapest_first, overall, search, uniform
 from kdctl.compress.channels.importance import importance
 from kdctl.compress.channels.layout import NORMS, Channels, Group
@@ -72,6 +73,9 @@ class Prune(Reshape):
     def reshape(self, model: Model, bench: Workbench) -> Reshaped:
         """The narrower model. Raises ConfigError for a pattern that names no layer or an importance that the net does
         not have, KdctlError where nothing can be removed, the budget cannot be met, or a layer breaks."""
+        if model.record.tokens is not None:
+            hint = "drop_layers and low_rank make models of texts smaller, quantize their files"
+            raise ConfigError(Problem("prune is for models of images so far; the model takes texts", hint=hint))
         model = copy.deepcopy(model).cpu().float().eval()
         channels = follow(model)
         self._check_skip(channels)
@@ -140,7 +144,7 @@ class Prune(Reshape):
             whole = total(())
             saved = [whole - total(group.units[:1]) for group in ranking.groups]
             return overall(ranking, lambda index: max(saved[index], 1e-12)), {}
-        harms = sensitivity(model, channels, ranking, take_images(bench, min(self.samples, _SCANNED)))
+        harms = sensitivity(model, channels, ranking, take_samples(model, bench, min(self.samples, _SCANNED)))
         names = [group.name for group in ranking.groups]
         scan = [
             {"layer": name, "units": len(group.units), "noise": {str(k): round(v, 8) for k, v in harm.items()}}
@@ -239,7 +243,7 @@ def recalibrate(model: Model, bench: Workbench, samples: int) -> int:
     if not norms:
         return 0
     momenta = [norm.momentum for norm in norms]
-    images = take_images(bench, samples)
+    images = take_samples(model, bench, samples)
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
@@ -272,15 +276,21 @@ def _matching(channels: Channels, patterns: list[str]) -> set[str]:
     return {layer.path for layer in channels.layers for pattern in patterns if fnmatch.fnmatchcase(layer.path, pattern)}
 
 
-def take_images(bench: Workbench, samples: int) -> Tensor:
-    """The first `samples` images of the bench (N, C, H, W). Raises KdctlError where there is none."""
-    taken: list[Floats] = []
+def take_samples(model: Model, bench: Workbench, samples: int) -> Tensor:
+    """The first `samples` images of the bench (N, C, H, W), or its texts padded to the longest, int64 (N, L).
+
+    Raises KdctlError where there is none.
+    """
+    taken: list[NDArray[Any]] = []
+    tokens = model.record.tokens
     for batch in bench.images():
+        if tokens is not None:
+            batch = np.pad(batch, ((0, 0), (0, tokens.length - batch.shape[1])), constant_values=tokens.pad)
         taken.append(batch)
         if sum(map(len, taken)) >= samples:
             break
     if not taken:
-        raise KdctlError("there are no training images to prune with")
+        raise KdctlError("there are no training samples to prune with")
     return torch.from_numpy(np.concatenate(taken)[:samples])
 
 

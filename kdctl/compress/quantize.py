@@ -26,11 +26,12 @@ from kdctl.models.record import Model, released
 from kdctl.quant import fake
 from kdctl.quant.learned import Learned
 
-Floats = NDArray[np.float32]
+Array = NDArray[Any]
 
 SENSITIVITY_SAMPLES = 128
 LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+    nn.Embedding,
 )  # fmt: skip
 
 
@@ -41,13 +42,14 @@ class Quantize(Compressor):
     int8: Krishnamoorthi, Quantizing deep convolutional networks for efficient inference, 2018.
     dtype: of the weights; int8 takes learnt weights of any bits as they are, int4 those of up to 4. mode: static,
     activations are int8 in ranges fixed ahead; dynamic, linears find them at each call; weight_only, all is computed in
-    float; auto is static where convolutions hold most of the multiplications and dynamic elsewhere, weight_only for
-    int4, fp16 and bf16, and with int8 what training learnt: static with ranges of inputs, weight_only without.
-    calibration: of static ranges; minmax takes the extremes, percentile leaves out 0.01 % of the values, entropy takes
-    the range that changes the distribution least, mse the one with the least squared error. samples: calibration
-    images. per_channel: one scale an output channel of a weight (or one a tensor). group_size: how many weights share a
-    scale in weight_only, a channel's without it. target: the exporter. keep: globs over paths of layers that stay in
-    fp32. With `max_drop` of the stage, the most sensitive layers stay in fp32 too, as many as it takes.
+    float; auto is static where convolutions hold most of the multiplications and dynamic elsewhere and for texts, which
+    have no static mode, weight_only for int4, fp16 and bf16, and with int8 what training learnt: static with ranges
+    of inputs, weight_only without. calibration: of static ranges; minmax takes the extremes, percentile leaves out
+    0.01 % of the values, entropy takes the range that changes the distribution least, mse the one with the least
+    squared error. samples: calibration images. per_channel: one scale an output channel of a weight (or one a
+    tensor). group_size: how many weights share a scale in weight_only, a channel's without it. target: the
+    exporter. keep: globs over paths of layers that stay in fp32. With `max_drop` of the stage, the most sensitive
+    layers stay in fp32 too, as many as it takes.
     """
 
     smoke = {"samples": 8}
@@ -79,7 +81,7 @@ class Quantize(Compressor):
         self,
         model: Model,
         bench: Workbench,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         out: Path,
         metadata: dict[str, Any],
         max_drop: float | None = None,
@@ -91,7 +93,7 @@ class Quantize(Compressor):
         worst stay in fp32, 1, 2, 4, ... of them until it holds, then as few as still hold. Raises KdctlError where the
         images do not fit or a glob of `keep` matches nothing, ConfigError where the mode that auto found has no groups.
         """
-        model, how = self._plan(model, bench, image_shape)
+        model, how = self._plan(model, bench)
         self.exporter.check(how)
         before = bench.of_student() if max_drop is not None else 0.0
         files.write(self.target, model, out, metadata, how)
@@ -113,14 +115,18 @@ class Quantize(Compressor):
 
     # ------------------------------------------------------------------------------------------------------- planning
 
-    def _plan(self, model: Model, bench: Workbench, image_shape: tuple[int, int, int]) -> tuple[Model, Quantization]:
+    def _plan(self, model: Model, bench: Workbench) -> tuple[Model, Quantization]:
         """The plain model and how its numbers are to be kept."""
         learned: dict[str, Learned] = {}
         if fake.is_quantized(model.net):
             model, learned = released(model)
-        mode = self._mode(model, image_shape, learned)
+        mode = self._mode(model, learned)
         self._check_groups(mode)
-        images = None if mode == "weight_only" else take(bench.images(), self.samples, image_shape)
+        texts = model.record.tokens is not None
+        if texts:
+            self.exporter.check_texts(Quantization(dtype=self.dtype, mode=mode).name)
+        needs_none = mode == "weight_only" or texts
+        images = None if needs_none else take(bench.images(), self.samples, model.record.input_shape)
         keep = matching(model.net, self.keep)
         how = Quantization(
             dtype=self.dtype, mode=mode, images=images,
@@ -140,7 +146,7 @@ class Quantize(Compressor):
             message = f"weights of {self.dtype} {mode} have no groups"
             raise ConfigError(Problem(message, key="group_size", hint=hint))
 
-    def _mode(self, model: Model, image_shape: tuple[int, int, int], learned: Mapping[str, Learned]) -> Mode:
+    def _mode(self, model: Model, learned: Mapping[str, Learned]) -> Mode:
         if self.mode != "auto":
             return self.mode
         if self.dtype != "int8":
@@ -151,7 +157,9 @@ class Quantize(Compressor):
         elif learned and "int8-weight_only" in self.exporter.quantizations:
             return "weight_only"
         dynamic = f"{self.dtype}-dynamic" in self.exporter.quantizations
-        return "static" if convolution_share(model, image_shape) >= 0.5 or not dynamic else "dynamic"
+        if dynamic and model.record.tokens is not None:
+            return "dynamic"
+        return "static" if not dynamic or convolution_share(model, model.record.image_shape) >= 0.5 else "dynamic"
 
     # ------------------------------------------------------------------------------------------------ mixed precision
 
@@ -189,8 +197,8 @@ class Quantize(Compressor):
         }
 
     def _ranked(self, model: Model, bench: Workbench, how: Quantization) -> list[Sensitivity]:
-        channels, height, width = model.record.image_shape
-        images = take(bench.images(), min(self.samples, SENSITIVITY_SAMPLES), (channels, height, width))
+        record, samples = model.record, min(self.samples, SENSITIVITY_SAMPLES)
+        images = take(bench.images(), samples, record.input_shape, None if record.tokens is None else record.tokens.pad)
         bits = {"int8": 8, "int4": 4}.get(how.dtype, 8)
         inputs = None if how.mode == "weight_only" else 8
         return sensitivities(
@@ -219,7 +227,7 @@ def fewest(holds: Callable[[int], bool], most: int) -> int:
 
 
 def matching(net: nn.Module, globs: Iterable[str]) -> frozenset[str]:
-    """Paths of the convolutions and linears that globs match, or that lie inside a module they match.
+    """Paths of the convolutions, linears and embeddings that globs match, or that lie inside a module they match.
 
     Raises KdctlError for a glob without any.
     """
@@ -233,7 +241,7 @@ def matching(net: nn.Module, globs: Iterable[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def convolution_share(model: Model, image_shape: tuple[int, int, int]) -> float:
+def convolution_share(model: Model, image_shape: Iterable[int]) -> float:
     """The share of convolutions in the multiply-accumulates of a model, in [0, 1]; 0 for a model without any."""
     copied = copy.deepcopy(model).cpu().float().eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -243,15 +251,21 @@ def convolution_share(model: Model, image_shape: tuple[int, int, int]) -> float:
     return convolutions / max(sum(counts.values()), 1)
 
 
-def take(batches: Iterable[Floats], samples: int, image_shape: tuple[int, int, int]) -> Floats:
-    """The first images of a stream of batches, as one array (N, C, H, W). Raises KdctlError where they do not fit."""
-    taken: list[Floats] = []
+def take(batches: Iterable[Array], samples: int, shape: tuple[int, ...], pad: int | None = None) -> Array:
+    """The first images of a stream of batches, as one array (N, C, H, W). Raises KdctlError where they do not fit.
+
+    Of texts, which have a number for padding, int64 (N, L), L as in `shape`.
+    """
+    taken: list[Array] = []
     missing = samples
     for batch in batches:
-        if batch.ndim != 4 or tuple(batch.shape[1:]) != tuple(image_shape):
-            expected = ", ".join(map(str, image_shape))
+        if pad is not None:
+            short = shape[0] - batch.shape[1]
+            batch = np.pad(batch, ((0, 0), (0, short)), constant_values=pad)
+        elif batch.ndim != 4 or tuple(batch.shape[1:]) != tuple(shape):
+            expected = ", ".join(map(str, shape))
             raise KdctlError(f"calibration images are {tuple(batch.shape)}; the model takes (N, {expected})")
-        taken.append(np.asarray(batch[:missing], np.float32))
+        taken.append(np.asarray(batch[:missing], np.float32 if pad is None else np.int64))
         missing -= len(taken[-1])
         if missing == 0:
             break

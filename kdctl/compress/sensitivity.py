@@ -45,7 +45,7 @@ class Sensitivity:
 @torch.no_grad()
 def sensitivities(
     model: Model,
-    images: Floats,
+    images: NDArray[Any],
     *,
     bits: int = 8,
     activation_bits: int | None = 8,
@@ -55,9 +55,9 @@ def sensitivities(
 ) -> list[Sensitivity]:
     """Every convolution and linear of the net, the most sensitive first; the model is left as it is.
 
-    The net runs once in float on images (N, C, H, W), and once for each layer with this one rounded: its weights to
-    `bits` and its input to `activation_bits` (None: in float) with the range that `calibration` takes from the same
-    images. Batch normalisation is folded first, as it is in the file.
+    The net runs once in float on images (N, C, H, W) or texts (N, L), and once for each layer with this one rounded:
+    its weights to `bits` and its input to `activation_bits` (None: in float) with the range that `calibration` takes
+    from the same images. Batch normalisation is folded first, as it is in the file.
     """
     net = folded(copy.deepcopy(model.net).cpu().float().eval())
     chosen = [path for path, layer in net.named_modules() if path and fake.can_wrap(layer) and path not in skip]

@@ -9,6 +9,7 @@ SOURCES = {
     "mnist": ("mnist:Mnist", "MNIST, 70,000 grey images of 28x28, 10 digits", {"name": "mnist"}),
     "fashion_mnist": ("mnist:Mnist", "Fashion-MNIST, 70,000 grey images of 28x28", {"name": "fashion_mnist"}),
     "npz": ("npz:Npz", "your own arrays: x_train, y_train, x_test, y_test in one .npz file"),
+    "text": ("text:Text", "your own texts with labels: .tsv, .csv or .jsonl files"),
     "image_folder": ("image_folder:ImageFolder", "image files in train/<class>/ and test/<class>/"),
 }
 
@@ -18,5 +19,6 @@ AUGMENTATIONS = {
     "cutout": ("spatial:Cutout", "a black square at a random place"),
     "random_resized_crop": ("spatial:RandomResizedCrop", "a window of random area and aspect, resized"),
     "color_jitter": ("color_jitter:ColorJitter", "random brightness, contrast and saturation"),
+    "mask_tokens": ("mask_tokens:MaskTokens", "some tokens of a text hidden behind the tokenizer's mask"),
     "rand_augment": ("rand_augment:RandAugment", "a few random operations of one strength"),
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdctl.data import counter
-from kdctl.data.base import Shape
+from kdctl.data.base import Shape, Split
 from kdctl.errors import ConfigError, Problem
 
 _MOST_VIEWS = 1 << 31
@@ -29,6 +29,12 @@ class Augmentation:
     `draw` gives the parameters of each sample, `apply` uses them. Where `num_choices` is a number n, the parameters are
     one number 0..n-1 for each sample (N,) int64, and every such number is an outcome.
     """
+
+    def prepare(self, split: Split) -> None:
+        """Called once with the samples to come. Raises ConfigError for inputs that it cannot take."""
+        if len(split.input_shape) != 3:
+            message = f"{type(self).__name__} changes images, and these are texts"
+            raise ConfigError(Problem(message, key="data.augment", hint="for texts: mask_tokens"))
 
     def output_shape(self, shape: Shape) -> Shape:
         """The shape (C, H, W) of what comes out of images of this shape. Raises ConfigError for one it cannot take."""
@@ -131,8 +137,7 @@ class Augment:
 
 
 def _shape(images: Tensor) -> Shape:
-    channels, height, width = images.shape[1:]
-    return channels, height, width
+    return tuple(images.shape[1:])
 
 
 def _stride(total: int) -> int:

@@ -13,7 +13,7 @@ A source is a Source with keyword-only arguments and `load() -> Dataset`. A user
             return Dataset(train, test=test, class_names=["cat", "dog"])
 
 A torch data set of (image, label) pairs in memory becomes a split by `split_from_pairs`.
-Shapes: N samples, C channels, H x W pixels. Images are uint8, 0..255.
+Shapes: N samples, C channels, H x W pixels. Images are uint8, 0..255. Texts are token numbers: data/tokens.py.
 """
 
 from __future__ import annotations
@@ -30,11 +30,59 @@ from torch import Tensor
 from kdctl.errors import ConfigError
 from kdctl.signals import IGNORE
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
+"""(C, H, W) of images, (L,) of texts of at most L tokens."""
 _STATISTICS_SAMPLES = 512
 
 
-class ArraySplit:
+class Split:
+    """Samples with their targets; what their inputs are is the subclass's: images, or token numbers.
+
+    targets: int64 (N,), IGNORE where there is no label. index: int64 (N,), each sample's number: what its augmentation
+    and stored teacher outputs are keyed by.
+    """
+
+    targets: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def input_shape(self) -> Shape:
+        """The shape of an input."""
+        raise NotImplementedError
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """The inputs at these rows: uint8 images (n, C, H, W), or int64 token numbers (n, l), padded to one length."""
+        raise NotImplementedError
+
+    def subset(self, rows: Tensor) -> Split:
+        """The samples at these rows, with the numbers they had."""
+        raise NotImplementedError
+
+    def labelled(self, targets: Tensor, index: Tensor | None = None) -> Split:
+        """The same inputs with other targets, and other numbers where given."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """SHA-256 over inputs and targets."""
+        raise NotImplementedError
+
+    def extra(self, inputs: Tensor) -> dict[str, Tensor]:
+        """What a batch says of its inputs beside them, such as which tokens are padding."""
+        return {}
+
+    def clean_order(self) -> Tensor:
+        """All rows in the order in which they are measured fastest."""
+        return torch.arange(len(self))
+
+    def arranged(self, rows: Tensor, batch_size: int, key: int) -> Tensor:
+        """An epoch's rows, which stand in a random order, as they are best shown in batches of this size."""
+        return rows
+
+
+class ArraySplit(Split):
     """Samples in memory. images: uint8 (N, C, H, W); targets: int64 (N,), IGNORE where there is no label.
 
     index: (N,) int64, each sample's number: what its augmentation and stored teacher outputs are keyed by; its
@@ -44,18 +92,14 @@ class ArraySplit:
     def __init__(self, images: Tensor, targets: Tensor, index: Tensor | None = None) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ConfigError(f"images must be uint8 of shape (N, C, H, W); got {_described(images)}")
-        _check_targets(targets, len(images))
+        check_targets(targets, len(images))
         self.images = images
         self.targets = targets
         self.index = torch.arange(len(images)) if index is None else index
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
     @property
-    def image_shape(self) -> Shape:
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
+    def input_shape(self) -> Shape:
+        return tuple(self.images.shape[1:])
 
     def fetch(self, rows: Tensor) -> Tensor:
         """The images at these rows: uint8 (n, C, H, W)."""
@@ -73,6 +117,11 @@ class ArraySplit:
         """The same images with other targets, and other numbers where given."""
         return ArraySplit(self.images, targets, self.index if index is None else index)
 
+    @classmethod
+    def together(cls, splits: list[ArraySplit]) -> ArraySplit:
+        """One after the other, numbered anew."""
+        return cls(torch.cat([s.images for s in splits]), torch.cat([s.targets for s in splits]))
+
     def fingerprint(self) -> str:
         """SHA-256 over pixels and targets."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
@@ -81,10 +130,10 @@ class ArraySplit:
         return digest.hexdigest()
 
 
-class ItemSplit:
+class ItemSplit(Split):
     """Samples decoded on demand, in worker processes where there are some.
 
-    decode: item number -> uint8 (C, H, W), all of `image_shape`; can be pickled. targets, index: as of ArraySplit.
+    decode: item number -> uint8 (C, H, W), all of `input_shape`; can be pickled. targets, index: as of ArraySplit.
     items: (N,) int64, what decode is called with; positions when left out. stamp: a text that changes whenever the
     images do (names, sizes and times of the files).
     """
@@ -93,30 +142,31 @@ class ItemSplit:
         self,
         decode: Callable[[int], Tensor],
         targets: Tensor,
-        image_shape: Shape,
+        input_shape: Shape,
         *,
         stamp: str,
         items: Tensor | None = None,
         index: Tensor | None = None,
     ) -> None:
-        _check_targets(targets, len(targets))
+        check_targets(targets, len(targets))
         self.decode = decode
         self.targets = targets
-        self.image_shape = image_shape
+        self._shape = input_shape
         self.stamp = stamp
         self.items = torch.arange(len(targets)) if items is None else items
         self.index = torch.arange(len(targets)) if index is None else index
 
-    def __len__(self) -> int:
-        return len(self.targets)
+    @property
+    def input_shape(self) -> Shape:
+        return self._shape
 
     def fetch(self, rows: Tensor) -> Tensor:
         """The images at these rows, decoded: uint8 (n, C, H, W). Raises ConfigError where one has another shape."""
         images = []
         for item in self.items[rows].tolist():
             image = self.decode(item)
-            if image.dtype != torch.uint8 or tuple(image.shape) != tuple(self.image_shape):
-                raise ConfigError(f"item {item} is {_described(image)}; expected uint8 of shape {self.image_shape}")
+            if image.dtype != torch.uint8 or tuple(image.shape) != tuple(self.input_shape):
+                raise ConfigError(f"item {item} is {_described(image)}; expected uint8 of shape {self.input_shape}")
             images.append(image)
         return torch.stack(images)
 
@@ -129,26 +179,23 @@ class ItemSplit:
         return self._with(targets, self.items, self.index if index is None else index)
 
     def _with(self, targets: Tensor, items: Tensor, index: Tensor) -> ItemSplit:
-        return ItemSplit(self.decode, targets, self.image_shape, stamp=self.stamp, items=items, index=index)
+        return ItemSplit(self.decode, targets, self.input_shape, stamp=self.stamp, items=items, index=index)
 
     def fingerprint(self) -> str:
         """SHA-256 over the stamp, the items and the targets."""
-        digest = hashlib.sha256(f"{self.image_shape} {self.stamp}".encode())
+        digest = hashlib.sha256(f"{self.input_shape} {self.stamp}".encode())
         digest.update(np.ascontiguousarray(self.items.numpy()).data)
         digest.update(np.ascontiguousarray(self.targets.numpy()).data)
         return digest.hexdigest()
-
-
-Split = ArraySplit | ItemSplit
 
 
 @dataclass
 class Dataset:
     """A source's splits and what is known of them.
 
-    class_names: one for each class, in the order of the targets. mean, std: of each channel of the train split, on
-    the scale [0, 1]; measured when left out (an ItemSplit's from 512 of its images, evenly spaced).
-    Raises ConfigError where splits disagree in image shape, a target is no class, or there is nothing to train on.
+    class_names: one for each class, in the order of the targets. mean, std: of each channel of the train split's
+    images, on the scale [0, 1]; measured when left out (an ItemSplit's from 512 of its images, evenly spaced).
+    Raises ConfigError where splits disagree in input shape, a target is no class, or there is nothing to train on.
     """
 
     train: Split
@@ -157,18 +204,20 @@ class Dataset:
     class_names: list[str] = field(default_factory=list)
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
+    tokenizer: str | None = None
+    """Of texts: the content of the tokenizer's file."""
 
     def __post_init__(self) -> None:
         if not self.class_names:
             raise ConfigError("the data set names no classes")
         for name, split in self.splits():
-            _check_split(name, split, self.image_shape, len(self.class_names))
-        if not self.mean or not self.std:
+            _check_split(name, split, self.input_shape, len(self.class_names))
+        if len(self.input_shape) == 3 and not (self.mean and self.std):
             self.mean, self.std = statistics(self.train)
 
     @property
-    def image_shape(self) -> Shape:
-        return self.train.image_shape
+    def input_shape(self) -> Shape:
+        return self.train.input_shape
 
     def splits(self) -> list[tuple[str, Split]]:
         """(name, split) of those that are there."""
@@ -209,12 +258,12 @@ def statistics(split: Split) -> tuple[list[float], list[float]]:
     rows = torch.arange(len(split))
     if isinstance(split, ItemSplit) and len(split) > _STATISTICS_SAMPLES:
         rows = torch.linspace(0, len(split) - 1, _STATISTICS_SAMPLES, dtype=torch.float64).long()
-    histogram = torch.zeros(split.image_shape[0], 256, dtype=torch.int64)
+    histogram = torch.zeros(split.input_shape[0], 256, dtype=torch.int64)
     for part in rows.split(256):
         pixels = split.fetch(part).transpose(0, 1).flatten(1)
         histogram += torch.stack([torch.bincount(channel, minlength=256) for channel in pixels])
     values = torch.arange(256)
-    count = len(rows) * split.image_shape[1] * split.image_shape[2]
+    count = len(rows) * split.input_shape[1] * split.input_shape[2]
     mean = (histogram * values).sum(1).double() / count
     std = ((histogram * values.square()).sum(1).double() / count - mean.square()).clamp_min(0).sqrt()
     std[std == 0] = 255.0
@@ -234,33 +283,35 @@ class _Joined:
 
 
 def joined(splits: list[Split]) -> Split:
-    """One split of several with equal image shapes, numbered anew from 0; in memory where all of them are."""
+    """One split of several with equal input shapes, numbered anew from 0; in memory where all of them are."""
     if len(splits) == 1:
         return splits[0]
+    together = getattr(type(splits[0]), "together", None)
+    if together is not None and all(type(split) is type(splits[0]) for split in splits):
+        return together(splits)
     targets = torch.cat([s.targets for s in splits])
-    arrays = [s.images for s in splits if isinstance(s, ArraySplit)]
-    if len(arrays) == len(splits):
-        return ArraySplit(torch.cat(arrays), targets)
     stamp = " ".join(s.fingerprint() for s in splits)
-    return ItemSplit(_Joined(splits), targets, splits[0].image_shape, stamp=stamp)
+    return ItemSplit(_Joined(splits), targets, splits[0].input_shape, stamp=stamp)
 
 
 def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
-def _check_targets(targets: Tensor, count: int) -> None:
+def check_targets(targets: Tensor, count: int) -> None:
+    """Raises ConfigError for targets that are not int64 (count,)."""
     if targets.dtype != torch.int64 or targets.shape != (count,):
         raise ConfigError(f"targets must be int64 of shape ({count},); got {_described(targets)}")
 
 
 def _check_split(name: str, split: Any, shape: Shape, num_classes: int) -> None:
-    if not isinstance(split, ArraySplit | ItemSplit):
-        raise ConfigError(f"the {name} split must be an ArraySplit or an ItemSplit; got {type(split).__name__}")
+    if not isinstance(split, Split):
+        message = f"the {name} split must be an ArraySplit, an ItemSplit or a TokenSplit; got {type(split).__name__}"
+        raise ConfigError(message)
     if len(split) == 0:
         raise ConfigError(f"the {name} split has no samples")
-    if tuple(split.image_shape) != tuple(shape):
-        raise ConfigError(f"images of the {name} split have shape {split.image_shape}, those of train {shape}")
+    if tuple(split.input_shape) != tuple(shape):
+        raise ConfigError(f"inputs of the {name} split have shape {split.input_shape}, those of train {shape}")
     wrong = split.targets[((split.targets < 0) & (split.targets != IGNORE)) | (split.targets >= num_classes)]
     if len(wrong):
         raise ConfigError(

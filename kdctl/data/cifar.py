@@ -89,8 +89,8 @@ class Cifar(Source):
 
     def _from_npz(self, archive: Path) -> Dataset:
         dataset = read_npz(archive, layout="nhwc", class_names=self._class_names())
-        if dataset.image_shape != (3, 32, 32):
-            official.damaged(archive, f"its images have shape {dataset.image_shape}, expected (3, 32, 32)")
+        if dataset.input_shape != (3, 32, 32):
+            official.damaged(archive, f"its images have shape {dataset.input_shape}, expected (3, 32, 32)")
         return dataset
 
 

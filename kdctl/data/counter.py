@@ -74,6 +74,11 @@ class Draws:
         """(N,) float32 in [0, 1), multiples of 2^-24: exact on every device."""
         return _shifted(self._bits(), 40).to(torch.float32).mul_(2.0**-24)
 
+    def uniforms(self, count: int) -> Tensor:
+        """(N, count) float32 in [0, 1): that of a column does not depend on how many there are."""
+        bits = fold(self._bits()[:, None], torch.arange(count, device=self._keys.device)[None])
+        return _shifted(bits, 40).to(torch.float32).mul_(2.0**-24)
+
     def below(self, count: int) -> Tensor:
         """(N,) int64 in 0..count-1, count < 2^31; off from uniform by less than count / 2^32."""
         return (_shifted(self._bits(), 32) * count) >> 32

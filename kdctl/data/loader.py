@@ -52,13 +52,15 @@ class TrainLoader:
         self.split = _resident(split, self.device)
         self.batch_size = batch_size
         augment = augment or Augment([])
-        self.image_shape = augment.output_shape(split.image_shape)
-        self.augment = augment.enumerate(split.image_shape) if views == "all" else augment
+        for operation in [*augment.operations, *(strong.operations if strong else [])]:
+            operation.prepare(split)
+        self.input_shape = augment.output_shape(split.input_shape)
+        self.augment = augment.enumerate(split.input_shape) if views == "all" else augment
         self.strong = strong
-        if strong is not None and strong.output_shape(split.image_shape) != self.image_shape:
-            message = f"strong images have shape {strong.output_shape(split.image_shape)}, others {self.image_shape}"
+        if strong is not None and strong.output_shape(split.input_shape) != self.input_shape:
+            message = f"strong images have shape {strong.output_shape(split.input_shape)}, others {self.input_shape}"
             raise ConfigError(Problem(message, key="data.strong_augment"))
-        self.views = Views(views, augment.seed, augment.num_choices(split.image_shape))
+        self.views = Views(views, augment.seed, augment.num_choices(split.input_shape))
         self.order_seed = order_seed
         self.workers = workers
         self._ranks = ranks.current()
@@ -74,11 +76,13 @@ class TrainLoader:
 
     def order(self, epoch: int) -> Tensor:
         """(N,) int64: the rows of the split in the order of this epoch."""
-        return counter.permutation(len(self.split), counter.ORDER, self.order_seed, epoch)
+        rows = counter.permutation(len(self.split), counter.ORDER, self.order_seed, epoch)
+        return self.split.arranged(rows, self.batch_size, counter.key(counter.ORDER, self.order_seed, epoch, 1))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on: the same ones whether or not those before were taken."""
-        order, steps, size = self.order(epoch).to(self.split.targets.device), len(self), self.batch_size
+        steps, size = len(self), self.batch_size
+        order = self.order(epoch).to(self.split.targets.device)
         last = steps - 1
         rows = [order[s * size : None if s == last else (s + 1) * size] for s in range(start_step, steps)]
         rows = [batch[self._ranks.part(len(batch))] for batch in rows]
@@ -98,10 +102,12 @@ class TrainLoader:
         index = self.split.index[rows].to(self.device, non_blocking=True)
         view = self.views.at(epoch, index)
         images = images.to(self.device, non_blocking=True)
-        strong = None if self.strong is None else as_float(self.strong(images, index, view, stream=1))
+        strong = None if self.strong is None else as_inputs(self.strong(images, index, view, stream=1))
+        extra = self.split.extra(images)
         images = self.augment(images, index, view)
         targets = self.split.targets[rows].to(self.device, non_blocking=True)
-        return Batch(as_float(images), targets, index, view, turn=self.views.turn(epoch), strong=strong)
+        turn = self.views.turn(epoch)
+        return Batch(as_inputs(images), targets, index, view, turn=turn, strong=strong, extra=extra)
 
 
 def clean_batches(
@@ -112,17 +118,21 @@ def clean_batches(
     device: torch.device | str = "cpu",
     workers: int | Literal["auto"] = 0,
 ) -> Iterator[Batch]:
-    """All samples of a split as they are, in its order, with view -1. name: train, val or test."""
-    rows = list(torch.arange(len(split)).split(batch_size))
-    for part, images in _fetched(split, rows, num_workers(workers, split, device)):
+    """All samples of a split as they are, in its `clean_order`, with view -1. name: train, val or test."""
+    rows = list(split.clean_order().split(batch_size))
+    for part, inputs in _fetched(split, rows, num_workers(workers, split, device)):
         index = split.index[part].to(device)
         view = torch.full_like(index, CLEAN)
-        yield Batch(as_float(images.to(device)), split.targets[part].to(device), index, view, split=name)
+        given = as_inputs(inputs.to(device))
+        extra = split.extra(given)
+        yield Batch(given, split.targets[part].to(device), index, view, split=name, extra=extra)
 
 
-def as_float(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [0, 1], contiguous."""
-    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+def as_inputs(fetched: Tensor) -> Tensor:
+    """What a model is given of what a split gave: images as contiguous float32 in [0, 1], token numbers as they are."""
+    if fetched.dtype != torch.uint8:
+        return fetched
+    return fetched.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def num_workers(workers: int | Literal["auto"], split: Split, device: torch.device | str = "cpu") -> int:
@@ -131,7 +141,7 @@ def num_workers(workers: int | Literal["auto"], split: Split, device: torch.devi
     `auto`: beside an accelerator all cores but one, 8 at most. Beside training on the CPU, which costs far more than
     decoding, one of every four cores: where there are fewer than four, the training process decodes.
     """
-    if isinstance(split, ArraySplit):
+    if not isinstance(split, ItemSplit):
         return 0
     if workers != "auto":
         return workers
@@ -168,8 +178,8 @@ def _start_worker(_: int) -> None:
 
 
 def _fetched(split: Split, batches: list[Tensor], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows, uint8 images) of each batch, in order."""
-    if isinstance(split, ArraySplit) or workers == 0 or not batches:
+    """(rows, what the split gives of them) of each batch, in order."""
+    if not isinstance(split, ItemSplit) or workers == 0 or not batches:
         yield from ((rows, split.fetch(rows)) for rows in batches)
         return
     decoded = torch_data.DataLoader(

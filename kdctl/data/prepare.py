@@ -20,7 +20,7 @@ from kdctl.config.schema import Component, DataSpec, StageData
 from kdctl.data import counter
 from kdctl.data.base import Dataset, Shape, Split, joined
 from kdctl.errors import ConfigError, MissingError, Problem
-from kdctl.signals import IGNORE
+from kdctl.signals import IGNORE, TokenInput
 
 Labels = int | Literal["all"]
 
@@ -37,14 +37,21 @@ class Data:
     val: Split | None
     test: Split | None
     class_names: list[str]
-    image_shape: Shape
+    input_shape: Shape
     mean: list[float]
     std: list[float]
     whole: Split
     limit: int | None = None
     labels_per_class: Labels = "all"
     split_seed: int = 0
+    tokenizer: str | None = None
+    """Of texts: the content of the tokenizer's file."""
     _fingerprint: list[str] = field(default_factory=list, repr=False)
+
+    @property
+    def tokens(self) -> TokenInput | None:
+        """What texts are made of; None of images."""
+        return getattr(self.whole, "tokens", None)
 
     @property
     def index_size(self) -> int:
@@ -70,8 +77,8 @@ class Data:
         labels = changed.labels_per_class if changed.labels_per_class is not None else self.labels_per_class
         train = _withheld(_limited(self.whole, limit, self.split_seed), self.whole, labels, self.split_seed)
         return Data(
-            train, self.val, self.test, self.class_names, self.image_shape, self.mean, self.std, self.whole,
-            limit, labels, self.split_seed, self._fingerprint,
+            train, self.val, self.test, self.class_names, self.input_shape, self.mean, self.std, self.whole,
+            limit, labels, self.split_seed, self.tokenizer, self._fingerprint,
         )  # fmt: skip
 
     def fingerprint(self) -> str:
@@ -99,8 +106,8 @@ def split_dataset(dataset: Dataset, spec: DataSpec, base: Path | None = None) ->
         train, val = _carved(train, spec.val_fraction, spec.split_seed)
     whole = _with_transfer(train, spec.transfer, base)
     data = Data(
-        whole, _renumbered(val), _renumbered(dataset.test), list(dataset.class_names), dataset.image_shape,
-        dataset.mean, dataset.std, whole, spec.limit, spec.labels_per_class, spec.split_seed,
+        whole, _renumbered(val), _renumbered(dataset.test), list(dataset.class_names), dataset.input_shape,
+        dataset.mean, dataset.std, whole, spec.limit, spec.labels_per_class, spec.split_seed, dataset.tokenizer,
     )  # fmt: skip
     return data.for_stage()
 
@@ -119,8 +126,8 @@ def _with_transfer(train: Split, transfer: list[Component], base: Path | None) -
     for number, component in enumerate(transfer):
         key = f"data.transfer.{number}"
         added = _load(component.kind, component.arguments, base, key).train
-        if tuple(added.image_shape) != tuple(train.image_shape):
-            message = f"images of {component.kind} have shape {added.image_shape}, the data's {train.image_shape}"
+        if tuple(added.input_shape) != tuple(train.input_shape):
+            message = f"images of {component.kind} have shape {added.input_shape}, the data's {train.input_shape}"
             raise ConfigError(Problem(message, key=key, hint="transfer data must have the shape of the data"))
         splits.append(added.labelled(torch.full_like(added.targets, IGNORE)))
     return _numbered(joined(splits))

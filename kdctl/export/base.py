@@ -70,30 +70,53 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a file of texts takes, as it says itself: what a caller needs of signals.TokenInput, without torch.
+
+    vocab_size: token numbers are below it. length: the longest text. pad: the number behind a shorter one. pairs:
+    whether a row is two texts. tokenizer: the hash of what makes the numbers.
+    """
+
+    vocab_size: int
+    length: int
+    pad: int
+    pairs: bool = False
+    tokenizer: str = ""
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Tokens:
+        """From a document with these names among others."""
+        return cls(**{name: told[name] for name in ("vocab_size", "length", "pad", "pairs", "tokenizer")})
+
+
 class Exporter:
     """Writes a model into one file. target: its runtime, a name of EXPORTERS.
 
     quantizations: what it can write beside fp32, as names of `Quantization.name`. takes_learned: whether it keeps the
     steps that quantisation-aware training found; other targets find their own for the weights that it left.
+    of_texts: which of these it can write of a model of texts, `fp32` among them; none where it writes images alone.
     """
 
     target: ClassVar[str]
     file_name: ClassVar[str]
     quantizations: ClassVar[tuple[str, ...]] = ()
     takes_learned: ClassVar[bool] = False
+    of_texts: ClassVar[tuple[str, ...]] = ()
 
     def convert(
         self,
         model: Model,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         out: Path,
         metadata: dict[str, Any],
         quantization: Quantization | None = None,
     ) -> None:
         """Writes the model to `out`, with `metadata` in the file; in fp32 without a quantization.
 
-        The model is left as it is. The file takes float images (N, C, H, W) in [0, 1] and gives float logits; what
-        normalises them is inside. Raises KdctlError where the model has no such form.
+        The model is left as it is. The file takes float images (N, C, H, W) in [0, 1], what normalises them being
+        inside, or of a model of texts token numbers, int64 (N, L), and gives float logits. image_shape: (C, H, W), or
+        (L,) of the longest text. Raises KdctlError where the model has no such form.
         """
         raise NotImplementedError
 
@@ -108,20 +131,34 @@ class Exporter:
             message = f"{self.target} files cannot be {quantization.name}; allowed: {allowed}"
             raise ConfigError(Problem(message, key="mode"))
 
+    def check_texts(self, quantization: str) -> None:
+        """Raises ConfigError where this target cannot write models of texts in this way (`fp32`, `int8-dynamic`)."""
+        if not self.of_texts:
+            hint = "target: onnx takes texts"
+            message = f"{self.target} files are of models of images so far; the model takes texts"
+            raise ConfigError(Problem(message, key="target", hint=hint))
+        if quantization not in self.of_texts:
+            allowed = ", ".join(self.of_texts)
+            message = f"{self.target} files of models of texts cannot be {quantization} yet; allowed: {allowed}"
+            raise ConfigError(Problem(message, key="mode", hint="mode: auto is dynamic for texts"))
+
 
 class FilePredictor:
     """A file as a predictor: float32 images (N, C, H, W) in [0, 1] to float32 logits (N, classes), any N.
 
+    Of texts: int64 token numbers (N, L), any L up to the longest text; `tokens` then says what they are, and
+    `image_shape` is (L,).
     runtime: name and version. metadata: what the exporter wrote into the file. input, output: their names in the file.
     fixed_batch: how many images the file itself takes at a time, None for any number; more are given to it in turns.
     """
 
     path: Path
     runtime: str
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     num_classes: int
     class_names: list[str]
     metadata: dict[str, Any]
+    tokens: Tokens | None = None
     input: str = "images"
     output: str = "logits"
     fixed_batch: int | None = None

@@ -84,7 +84,7 @@ def convert(
     target: str,
     arguments: dict[str, Any],
     model: Model,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     out: Path,
     metadata: dict[str, Any],
     quantization: Quantization | None,

@@ -64,7 +64,7 @@ class ExecuTorch(Exporter):
     def convert(
         self,
         model: Model,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         out: Path,
         metadata: dict[str, Any],
         quantization: Quantization | None = None,
@@ -92,7 +92,7 @@ def check_choices(target: str, quantization: Quantization, calibrations: tuple[s
         raise ConfigError(Problem(message, key="group_size"))
 
 
-def check_images(quantization: Quantization, image_shape: tuple[int, int, int]) -> Floats:
+def check_images(quantization: Quantization, image_shape: tuple[int, ...]) -> Floats:
     """The calibration images. Raises ConfigError where there are none, or they are not what the model takes."""
     images = quantization.images
     if images is None or len(images) == 0:
@@ -108,7 +108,7 @@ def check_images(quantization: Quantization, image_shape: tuple[int, int, int]) 
 
 
 def _lower(
-    model: Model, image_shape: tuple[int, int, int], document: dict[str, Any], quantization: Quantization | None
+    model: Model, image_shape: tuple[int, ...], document: dict[str, Any], quantization: Quantization | None
 ) -> bytes:
     """The program's bytes."""
     import torch

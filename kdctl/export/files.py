@@ -23,12 +23,13 @@ def write(
     quantization: Quantization | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a model to `out` for a target. arguments: of its exporter. See Exporter.convert for what it raises."""
-    channels, height, width = model.record.image_shape
-    shape = (channels, height, width)
+    """Writes a model to `out` for a target. arguments: of its exporter. See Exporter.convert for what it raises;
+    ConfigError besides for a model of texts where the target takes none."""
     exporter: Exporter = registry.create("exporters", target, arguments or {})
     exporter.check(quantization)
-    exporter.convert(model, shape, out, metadata, quantization)
+    if model.record.tokens is not None:
+        exporter.check_texts("fp32" if quantization is None else quantization.name)
+    exporter.convert(model, model.record.input_shape, out, metadata, quantization)
 
 
 def opener(target: str) -> str:

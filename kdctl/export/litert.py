@@ -62,7 +62,7 @@ class LiteRt(Exporter):
     def convert(
         self,
         model: Model,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         out: Path,
         metadata: dict[str, Any],
         quantization: Quantization | None = None,
@@ -86,7 +86,7 @@ class LiteRt(Exporter):
 # ---------------------------------------------------------------------------------------------------------- converting
 
 
-def _converted(model: Model, image_shape: tuple[int, int, int]) -> bytes:
+def _converted(model: Model, image_shape: tuple[int, ...]) -> bytes:
     """The fp32 file, for one image."""
     import litert_torch
     import torch
@@ -161,7 +161,7 @@ def _wider(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     return {**a, **b, "min": np.minimum(a["min"], b["min"]), "max": np.maximum(a["max"], b["max"])}
 
 
-def _takes_any_batch(data: bytes, image_shape: tuple[int, int, int]) -> bool:
+def _takes_any_batch(data: bytes, image_shape: tuple[int, ...]) -> bool:
     """Whether the file, made for one image, gives the same for several at once as for each of them."""
     images = np.random.default_rng(0).random((3, *image_shape), dtype=np.float32)
     alone = _Interpreter(data, 1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
 
 from kdctl import __version__, runs
 from kdctl.errors import KdctlError, MissingError
-from kdctl.export.base import FilePredictor
+from kdctl.export.base import FilePredictor, Tokens
 
 NAME = "manifest.json"
 
@@ -21,7 +22,9 @@ def describe(
     predictor: opens `model`, which is one of them (or the stem of two). source: the stage whose model it was made of.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (NAME, "result.json"))
-    shape = list(predictor.image_shape)
+    tokens = getattr(predictor, "tokens", None)
+    shape = list(predictor.image_shape) if tokens is None else ["length"]
+    takes = preprocessing(predictor.image_shape, tokens)
     return {
         "format": 1,
         "kdctl_version": __version__,
@@ -31,14 +34,14 @@ def describe(
         "model": model,
         "source": source,
         "inputs": [{
-            "name": predictor.input, "shape": [predictor.fixed_batch or "batch", *shape], "dtype": "float32",
-            "layout": "NCHW",
+            "name": predictor.input, "shape": [predictor.fixed_batch or "batch", *shape], "dtype": takes["dtype"],
+            "layout": takes["layout"],
         }],
         "outputs": [{
             "name": predictor.output, "shape": [predictor.fixed_batch or "batch", predictor.num_classes],
             "dtype": "float32",
         }],
-        "preprocessing": preprocessing(predictor.image_shape),
+        "preprocessing": takes,
         "class_names": predictor.class_names,
         "files": [
             {"name": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
@@ -46,8 +49,11 @@ def describe(
     }  # fmt: skip
 
 
-def preprocessing(image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What a file expects of its caller, and what it does itself."""
+def preprocessing(image_shape: tuple[int, ...], tokens: Any = None) -> dict[str, Any]:
+    """What a file expects of its caller, and what it does itself. tokens: of texts, a TokenInput or a Tokens."""
+    if tokens is not None:
+        own = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(Tokens)}
+        return {"layout": "NL", "dtype": "int64", "shape": list(image_shape), "padding": "behind", "tokens": own}
     return {"layout": "NCHW", "dtype": "float32", "range": [0, 1], "shape": list(image_shape), "normalize": "inside"}
 
 

@@ -1,6 +1,7 @@
 """ONNX: a model as a file that ONNX Runtime (and most other runtimes) opens, and that file as a predictor.
 
 Preprocessing is inside the graph: it takes float images (N, C, H, W) in [0, 1], any N, and gives logits (N, classes).
+A model of texts takes token numbers, int64 (N, L), any N and L, and finds mask and segments in them itself.
 Importing this file does not import torch, so that a process that measures the file holds ONNX Runtime alone.
 """
 
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from kdctl.config.types import PositiveInt
 from kdctl.errors import ConfigError, KdctlError, Problem
-from kdctl.export.base import Contents, Exporter, FilePredictor, Quantization, available_cores
+from kdctl.export.base import Contents, Exporter, FilePredictor, Quantization, Tokens, available_cores
 from kdctl.export.manifest import preprocessing
 from kdctl.export.onnx_session import open_session
 
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 Floats = NDArray[np.float32]
+Array = NDArray[Any]
 INPUT, OUTPUT = "images", "logits"
+TEXT_INPUT = "tokens"
 INT4_OPSET = 21
 """The first version of the operator set with 4-bit integers."""
 
@@ -48,6 +51,7 @@ class Onnx(Exporter):
     file_name = "model.onnx"
     takes_learned = True
     quantizations = ("int8-static", "int8-dynamic", "int8-weight_only", "int4-weight_only", "fp16", "bf16")
+    of_texts = ("fp32", "int8-dynamic", "int8-weight_only", "int4-weight_only", "fp16", "bf16")
 
     def __init__(self, *, opset: PositiveInt = 20) -> None:
         if not 18 <= opset <= 22:
@@ -57,7 +61,7 @@ class Onnx(Exporter):
     def convert(
         self,
         model: nn.Module,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         out: Path,
         metadata: dict[str, Any],
         quantization: Quantization | None = None,
@@ -76,7 +80,7 @@ class Onnx(Exporter):
         else:
             opset = self.opset
         proto = to_graph(model, image_shape, opset, learned)
-        about: dict[str, Any] = {"preprocessing": preprocessing(image_shape)}
+        about: dict[str, Any] = {"preprocessing": preprocessing(image_shape, _tokens_of(model))}
         if quantization is not None:
             about["quantization"] = _quantize(proto, image_shape, quantization)
         graph.strip(proto)
@@ -85,7 +89,7 @@ class Onnx(Exporter):
         graph.write(proto, out, about | metadata)
 
 
-def _quantize(proto: onnx.ModelProto, image_shape: tuple[int, int, int], how: Quantization) -> dict[str, Any]:
+def _quantize(proto: onnx.ModelProto, image_shape: tuple[int, ...], how: Quantization) -> dict[str, Any]:
     """Quantises a graph in place; returns what the file says of it."""
     from kdctl.export import onnx_int8, onnx_weights
 
@@ -103,9 +107,10 @@ def record_metadata(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_graph(
-    model: nn.Module, image_shape: tuple[int, int, int], opset: int = 20, fixed: Collection[str] = ()
+    model: nn.Module, image_shape: tuple[int, ...], opset: int = 20, fixed: Collection[str] = ()
 ) -> onnx.ModelProto:
-    """The model's ONNX graph: fp32, eval mode, any batch size, simplified. The model itself is left as it is.
+    """The model's ONNX graph: fp32, eval mode, any batch size, of texts any length, simplified. The model itself is
+    left as it is.
 
     fixed: paths of layers whose weights stay as they are; in other layers what scales their input is folded.
     """
@@ -114,24 +119,31 @@ def to_graph(
     from kdctl.export import graph
 
     copied = copy.deepcopy(model).cpu().float().eval()
-    images = torch.zeros(2, *image_shape)
-    shapes = ({0: torch.export.Dim("batch")},)
+    axes, given, inputs = {0: torch.export.Dim("batch")}, INPUT, torch.zeros(2, *image_shape)
+    if (tokens := _tokens_of(model)) is not None:
+        axes[1], given = torch.export.Dim("length"), TEXT_INPUT
+        inputs = torch.full((2, *image_shape), (tokens.pad + 1) % tokens.vocab_size)
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
-                copied, (images,), dynamo=True, opset_version=opset, dynamic_shapes=shapes,
-                input_names=[INPUT], output_names=[OUTPUT], verbose=False,
+                copied, (inputs,), dynamo=True, opset_version=opset, dynamic_shapes=(axes,),
+                input_names=[given], output_names=[OUTPUT], verbose=False,
             )  # fmt: skip
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise KdctlError(
             f"the model cannot be exported to ONNX: {reason[0]}",
-            hint="the forward pass must be traceable by torch.export with any batch size",
+            hint="the forward pass must be traceable by torch.export with any batch size and length of texts",
         ) from error
     assert program is not None  # dynamo=True always gives a program
     proto = graph.simplify(program.model_proto, fixed)
     graph.name_weights(proto, {name: tensor.numpy() for name, tensor in copied.state_dict().items()})
     return proto
+
+
+def _tokens_of(model: nn.Module) -> Any:
+    """What the numbers of a model of texts mean; None of a model of images."""
+    return getattr(getattr(model, "record", None), "tokens", None)
 
 
 @contextlib.contextmanager
@@ -163,29 +175,42 @@ class OnnxPredictor(FilePredictor):
         self.metadata = {k: _value(v) for k, v in self.session.get_modelmeta().custom_metadata_map.items()}
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         shape = inputs[0].shape if len(inputs) == 1 else []
-        if len(shape) != 4 or not all(isinstance(d, int) for d in shape[1:]) or len(outputs[0].shape) != 2:
-            raise KdctlError(f"{path} does not take images (N, C, H, W) and give logits (N, classes)")
+        told = self.metadata.get("preprocessing")
+        tokens = told.get("tokens") if isinstance(told, dict) and len(shape) == 2 else None
+        images = len(shape) == 4 and all(isinstance(d, int) for d in shape[1:])
+        if not (images or tokens) or len(outputs[0].shape) != 2:
+            raise KdctlError(f"{path} does not take images (N, C, H, W) or texts and give logits (N, classes)")
+        self.tokens = None if tokens is None else Tokens.of(tokens)
         self.input, self.output = inputs[0].name, outputs[0].name
         self.fixed_batch = shape[0] if isinstance(shape[0], int) else None
-        self.image_shape = (shape[1], shape[2], shape[3])
+        self.image_shape = tuple(shape[1:]) if self.tokens is None else (self.tokens.length,)
         self.num_classes = int(outputs[0].shape[1])
         self.class_names = list(self.metadata.get("class_names", []))
 
-    def __call__(self, images: Floats) -> Floats:
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
-            expected = ", ".join(map(str, self.image_shape))
-            raise KdctlError(f"{self.path.name} takes images (N, {expected}); these are {tuple(images.shape)}")
-        images = np.ascontiguousarray(images, np.float32)
+    def __call__(self, images: Array) -> Floats:
+        images = self._checked(images)
         if self.fixed_batch is None or len(images) == self.fixed_batch:
             return self._run(images)
         return in_turns(self._run, images, self.fixed_batch)
 
-    def _run(self, images: Floats) -> Floats:
+    def _checked(self, images: Array) -> Array:
+        """The images or token numbers as the file takes them. Raises KdctlError for others."""
+        if self.tokens is not None:
+            if images.ndim != 2 or images.dtype.kind not in "iu" or not 0 < images.shape[1] <= self.tokens.length:
+                expected = f"token numbers, int64 (N, 1 to {self.tokens.length})"
+                raise KdctlError(f"{self.path.name} takes {expected}; these are {images.dtype} {tuple(images.shape)}")
+            return np.ascontiguousarray(images, np.int64)
+        if images.ndim != 4 or images.shape[1:] != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise KdctlError(f"{self.path.name} takes images (N, {expected}); these are {tuple(images.shape)}")
+        return np.ascontiguousarray(images, np.float32)
+
+    def _run(self, images: Array) -> Floats:
         logits: Floats = self.session.run([self.output], {self.input: images})[0]
         return logits
 
 
-def in_turns(run: Predicts, images: Floats, size: int) -> Floats:
+def in_turns(run: Predicts, images: Array, size: int) -> Floats:
     """Logits of any number of images from something that takes exactly `size` at a time; the last turn is filled up."""
     logits = []
     for start in range(0, len(images), size):
@@ -212,9 +237,9 @@ def open_predictor(path: Path | str, threads: int | None = None) -> OnnxPredicto
 
 
 class Predicts(Protocol):
-    """Images to logits."""
+    """Images, or token numbers, to logits."""
 
-    def __call__(self, images: Floats) -> Floats: ...
+    def __call__(self, images: Array) -> Floats: ...
 
 
 @dataclass(frozen=True)
@@ -226,8 +251,8 @@ class Parity:
     samples: int
 
 
-def check_parity(a: Predicts, b: Predicts, images: Floats, batch_size: int = 256) -> Parity:
-    """Compares the logits of two predictors on images (N, C, H, W). Not finite counts as infinitely far."""
+def check_parity(a: Predicts, b: Predicts, images: Array, batch_size: int = 256) -> Parity:
+    """Compares the logits of two predictors on images (N, C, H, W), or texts (N, L). Not finite: infinitely far."""
     largest, same = 0.0, 0
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]

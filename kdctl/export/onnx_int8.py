@@ -45,7 +45,7 @@ def activation_type() -> Literal["uint8", "int8"]:
     return "int8" if platform.machine().lower() in ("arm64", "aarch64") else "uint8"
 
 
-def static(proto: onnx.ModelProto, image_shape: tuple[int, int, int], how: Quantization) -> dict[str, Any]:
+def static(proto: onnx.ModelProto, image_shape: tuple[int, ...], how: Quantization) -> dict[str, Any]:
     """Quantises a graph in place; returns what the file says of it.
 
     Ranges of activations come from `how.images`, those of learned layers from training. Raises KdctlError where there

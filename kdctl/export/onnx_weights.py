@@ -28,12 +28,14 @@ def weight_only(proto: onnx.ModelProto, how: Quantization) -> dict[str, Any]:
     """Stores the weights of convolutions and linears as how.dtype, in place; returns what the file says of it.
 
     int8 and int4 are symmetric with a scale an output channel (or a tensor; int4 scales are searched for the least
-    squared error), or one for each `group_size` weights of a channel. Where a channel cannot be cut into such groups
-    they are the largest size below that fits, or the channel (`group_length`); `groups` of the answer holds the sizes
-    that are not what was wanted, by layer. fp16 and bf16 round to nearest; their exponents decide what they hold:
-    fp16 has 11 bits of precision from 6e-5 to 65504, bf16 8 bits over the range of fp32.
+    squared error), or one for each `group_size` weights of a channel. Where a channel cannot be cut into such
+    groups they are the largest size below that fits, or the channel (`group_length`); `groups` of the answer holds
+    the sizes that are not what was wanted, by layer. Embeddings are stored in int8 with a scale a row, also beside
+    int4. fp16 and bf16 round to nearest; their exponents decide what they hold: fp16 has 11 bits of precision from
+    6e-5 to 65504, bf16 8 bits over the range of fp32.
     """
     view = Graph(proto)
+    _store_embeddings(view, how)
     sizes: dict[str, int] = {}
     for name, nodes in _weights(view, how):
         if how.dtype in _HALF:
@@ -58,6 +60,34 @@ def _weights(view: Graph, how: Quantization) -> Iterator[tuple[str, list[onnx.No
         if node.op_type in LINEAR and node.input[1] in view.constants and graph.layer_path(node) not in how.keep:
             takers.setdefault(node.input[1], []).append(node)
     yield from takers.items()
+
+
+def _store_embeddings(view: Graph, how: Quantization) -> None:
+    """Tables of which the input picks rows: in int8 with a scale a row, or in 16 bits. The picked rows are widened."""
+    for node in list(view.proto.node):
+        table = view.constant(node.input[0]) if node.op_type == "Gather" else None
+        if table is None or table.dtype != np.float32 or table.ndim != 2 or node.input[1] in view.constants:
+            continue
+        name, rows, out = node.input[0], node.input[1], node.output[0]
+        path = name.removeprefix("net.").removesuffix(".weight")
+        if graph.attributes(node).get("axis", 0) != 0 or path in how.keep or len(view.readers(name)) > 1:
+            continue
+        if how.dtype in _HALF:
+            stored = view.add_constant(name + "_half", table.astype(helper.tensor_dtype_to_np_dtype(_HALF[how.dtype])))
+            scaled = []
+        else:
+            scales = weight_scales(table, 8)
+            stored = view.add_constant(name + "_int8", to_grid(table, scales, 8))
+            scale = view.add_constant(name + "_scale", scales.reshape(-1, 1))
+            scaled = [
+                helper.make_node("Gather", [scale, rows], [out + "_scale"]),
+                helper.make_node("Mul", [out + "_wide", out + "_scale"], [out]),
+            ]
+        picked = [
+            helper.make_node("Gather", [stored, rows], [out + "_picked"]),
+            helper.make_node("Cast", [out + "_picked"], [out + "_wide" if scaled else out], to=TensorProto.FLOAT),
+        ]
+        view.replace(node, [*picked, *scaled])
 
 
 def _store_half(view: Graph, name: str, kind: int) -> None:
@@ -127,6 +157,7 @@ def dynamic(proto: onnx.ModelProto, how: Quantization) -> dict[str, Any]:
     instructions sums of two products saturate at 16 bits, which loses some precision.
     """
     view = Graph(proto)
+    _store_embeddings(view, how)
     levels: dict[str, tuple[str, str, str]] = {}
     for name, nodes in _weights(view, how):
         value = view.constant(name)

@@ -44,7 +44,7 @@ class OpenVino(Exporter):
     def convert(
         self,
         model: Model,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         out: Path,
         metadata: dict[str, Any],
         quantization: Quantization | None = None,
@@ -89,7 +89,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _write_source(
-    model: Model, image_shape: tuple[int, int, int], path: Path, quantization: Quantization | None
+    model: Model, image_shape: tuple[int, ...], path: Path, quantization: Quantization | None
 ) -> dict[bytes, str]:
     """The model as an ONNX file for OpenVINO to read: quantised if static, else in fp32.
 

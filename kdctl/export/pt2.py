@@ -42,7 +42,7 @@ class Pt2(Exporter):
     def convert(
         self,
         model: Model,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         out: Path,
         metadata: dict[str, Any],
         quantization: Quantization | None = None,

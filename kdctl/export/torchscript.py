@@ -50,7 +50,7 @@ class TorchScript(Exporter):
     def convert(
         self,
         model: Model,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         out: Path,
         metadata: dict[str, Any],
         quantization: Quantization | None = None,
@@ -95,7 +95,7 @@ class TorchScript(Exporter):
             raise ConfigError(Problem(message, key="target", hint="onnx and openvino take what training found"))
 
 
-def _traced(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> torch.jit.ScriptModule:
+def _traced(model: torch.nn.Module, image_shape: tuple[int, ...]) -> torch.jit.ScriptModule:
     """The frozen program of a model in eval mode. A trace follows one batch: that it holds for others is tried."""
     import torch
 

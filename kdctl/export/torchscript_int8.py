@@ -35,7 +35,7 @@ def engine(wanted: str | None, mode: Mode) -> str:
     raise KdctlError("this PyTorch has no int8 kernels", hint="take the target onnx")
 
 
-def quantize(model: Model, image_shape: tuple[int, int, int], how: Quantization) -> None:
+def quantize(model: Model, image_shape: tuple[int, ...], how: Quantization) -> None:
     """Puts int8 layers into the model's net, in place. Raises KdctlError where images or the forward do not fit."""
     unknown = sorted(path for path in how.keep if path not in dict(model.net.named_modules()))
     if unknown:
@@ -55,7 +55,7 @@ def _dynamic(model: Model, how: Quantization) -> None:
     model.net = ao.quantize_dynamic(model.net, linears)
 
 
-def _static(model: Model, image_shape: tuple[int, int, int], how: Quantization) -> None:
+def _static(model: Model, image_shape: tuple[int, ...], how: Quantization) -> None:
     images = how.images
     if images is None or not len(images):
         raise KdctlError("there are no calibration images", hint="static quantisation needs some of the training split")

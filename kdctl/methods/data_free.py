@@ -12,7 +12,7 @@ from torch import Tensor
 from kdctl.config.types import NonNegative, NonNegativeInt, Positive, PositiveInt
 from kdctl.data.augment import Augment
 from kdctl.data.base import Shape
-from kdctl.data.loader import TrainLoader, as_float
+from kdctl.data.loader import TrainLoader, as_inputs
 from kdctl.errors import ConfigError, Problem
 from kdctl.methods.base import Parts
 from kdctl.methods.distill import Distill
@@ -153,8 +153,8 @@ class DataFree(Distill):
         return Model(student.net, record, student.base)
 
     def loader(self, loader: TrainLoader) -> Any:
-        self._augment, self._image_shape, self._batch_size = loader.augment, loader.split.image_shape, loader.batch_size
-        return Synthetic(loader.image_shape, loader.batch_size, self._steps, loader.device)
+        self._augment, self._image_shape, self._batch_size = loader.augment, loader.split.input_shape, loader.batch_size
+        return Synthetic(loader.input_shape, loader.batch_size, self._steps, loader.device)
 
     def assemble(self, parts: Parts) -> None:
         for term in parts.terms:
@@ -249,4 +249,4 @@ def _augmented(images: Tensor, augment: Augment, index: Tensor, view: int) -> Te
     """Synthetic images as the experiment's augmentations show them; untouched where there are none."""
     if not augment.operations:
         return images
-    return as_float(augment(as_bytes(images), index, torch.full_like(index, view)))
+    return as_inputs(augment(as_bytes(images), index, torch.full_like(index, view)))

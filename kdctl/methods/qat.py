@@ -212,7 +212,7 @@ def _called(model: Model, layers: Sequence[str]) -> list[str]:
     _check_bypassed(trial.net)
     try:
         with Taps(trial.net, layers) as taps, taps.recording() as features:
-            left = _normalised(trial.net, layers, lambda: trial(torch.rand(2, *model.record.image_shape)))
+            left = _normalised(trial.net, layers, lambda: trial(model.record.example(2)))
     except ConfigError as error:
         message = f"a layer cannot be quantised: {error.problems[0].message}"
         raise ConfigError(Problem(message, key="method.skip", hint="add its path to skip")) from None

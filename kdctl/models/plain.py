@@ -44,7 +44,7 @@ def _channels(model: Model, shortcuts: dict[str, PadShortcut]) -> dict[str, int]
     handles = [module.register_forward_pre_hook(note(path)) for path, module in shortcuts.items()]
     try:
         with torch.no_grad():
-            model(torch.zeros(1, *model.record.image_shape))
+            model(model.record.example())
     finally:
         for handle in handles:
             handle.remove()

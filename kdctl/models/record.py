@@ -29,7 +29,7 @@ from kdctl.models import structure
 from kdctl.models.weights import assign, parse_safetensors
 from kdctl.quant import fake
 from kdctl.quant.learned import Learned
-from kdctl.signals import find_logits
+from kdctl.signals import TokenInput, find_logits
 
 FORMAT = 1
 
@@ -38,7 +38,8 @@ FORMAT = 1
 class ModelRecord:
     """What a model is, as plain values.
 
-    kind, arguments: the class and what it is called with. image_shape: (C, H, W) as the data delivers images.
+    kind, arguments: the class and what it is called with. image_shape: (C, H, W) as the data delivers images; empty
+    for texts, whose `tokens` then say what their numbers mean (a TokenInput).
     normalize: {"mean": [...], "std": [...]} for channels in [0, 1], or None. input_size: the side in pixels that images
     are resized to first, or None.
     """
@@ -52,6 +53,7 @@ class ModelRecord:
     input_size: int | None = None
     class_order: list[int] | None = None
     """For each class of the data the net's own number of it, -1 where it has none; None where they are the same."""
+    tokens: TokenInput | None = None
     structure: list[dict[str, Any]] | None = None
     """What compression changed of the net that the class builds (models/structure.py), in order."""
 
@@ -68,6 +70,20 @@ class ModelRecord:
         return [None if number < 0 else self.class_names[number] for number in self.class_order]
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of an image, (L,) of the longest text."""
+        return tuple(self.image_shape) if self.tokens is None else (self.tokens.length,)
+
+    def example(self, count: int = 1) -> Tensor:
+        """Inputs of the right form, always the same: noise in [0, 1], or texts of random tokens of full length."""
+        generator = torch.Generator().manual_seed(0)
+        if self.tokens is None:
+            return torch.rand(count, *self.image_shape, generator=generator)
+        numbers = torch.randint(self.tokens.vocab_size, (count, self.tokens.length), generator=generator)
+        usable = (self.tokens.pad + 1) % self.tokens.vocab_size
+        return numbers.masked_fill(numbers == self.tokens.pad, usable)
+
+    @property
     def net_shape(self) -> list[int]:
         """(C, H, W) as the net sees images."""
         channels, height, width = self.image_shape
@@ -76,8 +92,9 @@ class ModelRecord:
     def to_dict(self) -> dict[str, Any]:
         """The record as a JSON document."""
         document = {"format": FORMAT, **dataclasses.asdict(self)}
-        if self.structure is None:
-            del document["structure"]
+        for name in ("structure", "tokens"):
+            if document[name] is None:
+                del document[name]
         return document
 
     @classmethod
@@ -103,7 +120,12 @@ _RECORDS = TypeAdapter(ModelRecord)
 
 
 class Model(nn.Module):
-    """A net with its preprocessing: images in, logits out. Taps and shipped weights are those of `net` alone."""
+    """A net with its preprocessing: images or token numbers in, logits out. Taps and shipped weights are those of `net`
+    alone.
+
+    A net of texts is called as the transformers library calls its models: input_ids, attention_mask and, where its
+    forward pass takes them, token_type_ids.
+    """
 
     mean: Tensor | None
     std: Tensor | None
@@ -114,20 +136,30 @@ class Model(nn.Module):
         self.record = record
         self.base = base
         """Where a relative file in the record's kind is read from."""
+        self._segments = record.tokens is not None and "token_type_ids" in inspect.signature(net.forward).parameters
         for name in ("mean", "std"):
             values = None if record.normalize is None else _channels(record, name)
             self.register_buffer(name, values, persistent=False)
 
-    def forward(self, images: Tensor) -> Any:
-        """Logits of float images (N, C, H, W) in [0, 1]."""
+    def forward(self, inputs: Tensor) -> Any:
+        """Logits of float images (N, C, H, W) in [0, 1], or of token numbers, int64 (N, L), padded behind."""
+        outputs = self._see(inputs) if self.record.tokens is None else self._read(inputs, self.record.tokens)
+        return outputs if self.record.class_order is None else _reordered(outputs, self.record.class_order)
+
+    def _read(self, numbers: Tensor, tokens: TokenInput) -> Any:
+        given = {"input_ids": numbers, "attention_mask": tokens.is_text(numbers).long()}
+        if self._segments:
+            given["token_type_ids"] = tokens.segments(numbers)
+        return self.net(**given)
+
+    def _see(self, images: Tensor) -> Any:
         size = self.record.input_size
         if size is not None and tuple(images.shape[-2:]) != (size, size):
             antialias = size < max(images.shape[-2:])
             images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=antialias)
         if self.mean is not None and self.std is not None:
             images = (images - self.mean) / self.std
-        outputs = self.net(images)
-        return outputs if self.record.class_order is None else _reordered(outputs, self.record.class_order)
+        return self.net(images)
 
 
 def _reordered(outputs: Any, order: list[int]) -> Tensor:
@@ -157,11 +189,17 @@ def _channels(record: ModelRecord, name: str) -> Tensor:
 def build_model(record: ModelRecord, base: Path | None = None) -> Model:
     """A freshly initialised model of the record's kind; `base` is where a relative `./file.py:Class` is read from.
 
-    The class gets those of num_classes, in_channels and image_shape (C, H, W) that its signature names. Raises
+    The class gets those of num_classes, in_channels and image_shape (C, H, W), of texts vocab_size, max_length and pad,
+    that its signature names. Raises
     ConfigError where there is no such kind or it does not take the arguments.
     """
-    shape = record.net_shape
-    offered = {"num_classes": record.num_classes, "in_channels": shape[0], "image_shape": shape}
+    offered: dict[str, Any] = {"num_classes": record.num_classes}
+    if record.tokens is None:
+        shape = record.net_shape
+        offered |= {"in_channels": shape[0], "image_shape": shape}
+    else:
+        tokens = record.tokens
+        offered |= {"vocab_size": tokens.vocab_size, "max_length": tokens.length, "pad": tokens.pad}
     component = registry.find("models", record.kind, base)
     named = {*registry.signature(component).parameters, *inspect.signature(registry.load(component)).parameters}
     given = {name: value for name, value in offered.items() if name in named}

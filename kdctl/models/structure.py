@@ -14,10 +14,11 @@ The record of a model holds them, so that its weights fit the net that is built 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kdctl.errors import ConfigError, Problem
 from kdctl.quant import fake
@@ -121,8 +122,21 @@ def _set(net: nn.Module, edit: Edit) -> None:
     setattr(module, name, new)
 
 
+class Skipped(nn.Module):
+    """Hands on the first of several arguments, as a layer of a transformer that is left out does."""
+
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        return x
+
+
+def skip(net: nn.Module, path: str) -> None:
+    """Puts a module that hands on its first argument in the place of another."""
+    arguments = inspect.signature(net.get_submodule(path).forward).parameters
+    put(net, path, nn.Identity() if len(arguments) < 2 else Skipped())
+
+
 def _skip(net: nn.Module, edit: Edit) -> None:
-    put(net, edit["path"], nn.Identity())
+    skip(net, edit["path"])
 
 
 def _bias(net: nn.Module, edit: Edit) -> None:

@@ -43,9 +43,11 @@ def load_weights(net: nn.Module, path: Path | Literal["pretrained"], mapping: Ma
         return
     path = Path(path)
     if path.is_dir():
-        path = path / "student.safetensors"
-    state = _strip_prefixes(read_tensors(path), net)
-    assign(net, _rename(state, dict(mapping or {}), path), str(path), has_mapping=bool(mapping))
+        published = path / "model.safetensors"  # the folder of a published encoder
+        path = published if published.is_file() else path / "student.safetensors"
+    state = _rename(_strip_prefixes(read_tensors(path), net), dict(mapping or {}), path)
+    adopt = getattr(net, "adopt", None)
+    assign(net, state if adopt is None else adopt(state), str(path), has_mapping=bool(mapping))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ class _Task:
         spec, changed = experiment.data, self.stage.data
         steps = changed.augment if changed.augment is not None else spec.augment
         chain = Augment([registry.create("augment", s.kind, s.arguments) for s in steps])
-        self.shape = tuple(chain.output_shape(data.image_shape))
+        self.shape = tuple(chain.output_shape(data.input_shape))
         self.batch_size = changed.batch_size or spec.batch_size
         self.rows = math.ceil(self.batch_size / self.stage.accumulate / ranks.current().size)
         self.student = _student_of(experiment, self.stage)
@@ -180,7 +180,7 @@ class _Task:
             "teachers": [_described(spec) for spec in self.teachers],
             "classes": len(self.data.class_names),
             "rows": self.rows,
-            "shape": [*self.data.image_shape, *self.shape],
+            "shape": [*self.data.input_shape, *self.shape],
             "optimizer": [self.stage.optimizer.kind, self.stage.optimizer.arguments],
             "long": self.device.type == "cuda" and self._steps() > _LONG_STEPS,
             "taps": sorted({str(tap) for term in self.stage.losses for tap in term.taps}),
@@ -231,7 +231,7 @@ def _described(spec: ModelSpec) -> dict[str, Any]:
         path = Path(spec.weights)
         with suppress(KdctlError):  # building the model says what is wrong with it
             record = runs.read_json((path / "student" if path.is_dir() else path).with_suffix(".json"))
-            model["record"] = {name: record.get(name) for name in ("arguments", "input_size", "image_shape")}
+            model["record"] = {name: record.get(name) for name in ("arguments", "input_size", "input_shape")}
     return model | {"input_size": spec.input_size, "normalize": spec.normalize != "none"}
 
 

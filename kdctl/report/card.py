@@ -40,7 +40,10 @@ def card(facts: Facts) -> str:
         what=_what(facts, record),
         claim=_claim(facts),
         numbers=_table(facts),
-        shape=", ".join(str(size) for size in record.get("image_shape") or [3, 32, 32]),
+        shape=", ".join(str(size) for size in record.get("image_shape") or [_length(record)]),
+        texts=bool(record.get("tokens")),
+        pad=(record.get("tokens") or {}).get("pad"),
+        kinds=_kind_of_input(record),
         classes=_classes(record.get("class_names") or []),
         data=f"`{data}`",
         limits=[str(line) for line in not_shown(facts)],
@@ -48,6 +51,15 @@ def card(facts: Facts) -> str:
         taught=lead.taught,
     )
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _kind_of_input(record: Document) -> str:
+    return "text" if record.get("tokens") else "image"
+
+
+def _length(record: Document) -> int:
+    """Of an example's text."""
+    return min(8, (record.get("tokens") or {}).get("length", 8))
 
 
 def escaped(text: object) -> str:
@@ -65,7 +77,7 @@ def _what(facts: Facts, record: Document) -> str:
     lead = facts.lead
     student, teacher = lead.summary.get("student") or {}, lead.summary.get("teacher") or {}
     kind = record.get("kind") or student.get("kind") or "model"
-    text = f"A classifier of images, `{kind}`"
+    text = f"A classifier of {_kind_of_input(record)}s, `{kind}`"
     if n.is_number(student.get("parameters")):
         text += f" with {student['parameters']:,} parameters"
     if teacher:

@@ -3,3 +3,5 @@
 TASKS = {
     "classification": ("classification:Classification", "one of C classes a sample: cross entropy, top-1"),
 }
+
+ALIASES = {"text_classification": "classification"}

@@ -5,6 +5,9 @@ N samples, C classes, k kept classes.
     top_values, top_indices, rest       instead of logits, with `top_k`: the k largest logits (N, k), their classes, and
                                         the log-sum-exp (N,) of all others in fp32
     tap:<path>                          the feature at a tap (N, ...), in fp16 or fp32
+
+A batch of texts is as long as the longest of them, so features of their tokens, (N, L, D) and (N, heads, L, L), lie
+at the length of the longest text that there can be, with zeros for padding, and given back at that of the batch.
 """
 
 from __future__ import annotations
@@ -15,23 +18,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdctl.errors import ConfigError, Problem
-from kdctl.signals import Signals
+from kdctl.signals import Signals, TokenInput
 
 TOP = ("top_values", "top_indices", "rest")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What is kept: logits (of the top_k classes alone, or of all), features at taps; dtype: fp16 or fp32."""
+    """What is kept: logits (of the top_k classes alone, or of all), features at taps; dtype: fp16 or fp32.
+
+    tokens: what the texts are made of that the outputs are of; None of images.
+    """
 
     logits: bool
     top_k: int | None
     taps: tuple[str, ...]
     dtype: str
     num_classes: int
+    tokens: TokenInput | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,9 +65,10 @@ class Contents:
         """The part of a store's key that says what it keeps."""
         return {"logits": self.logits, "top_k": self.top_k, "taps": list(self.taps), "dtype": self.dtype}
 
-    def encode(self, signals: Signals) -> dict[str, Tensor]:
-        """The fields of a batch, on its device. Raises ConfigError where logits cannot be cut to their largest."""
-        fields = {f"tap:{tap}": self._rounded(signals.features[tap]) for tap in self.taps}
+    def encode(self, signals: Signals, inputs: Tensor | None = None) -> dict[str, Tensor]:
+        """The fields of a batch, on its device; inputs: the batch's. Raises ConfigError where logits cannot be cut to
+        their largest."""
+        fields = {f"tap:{tap}": self._rounded(self._widened(signals.features[tap], inputs)) for tap in self.taps}
         if not self.logits:
             return fields
         if self.top_k is None:
@@ -76,14 +85,36 @@ class Contents:
     def _rounded(self, values: Tensor) -> Tensor:
         return values.to(torch.float16 if self.dtype == "fp16" else torch.float32)
 
-    def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Logits (None where their fields are not given) and features by tap, in float32.
+    def _widened(self, feature: Tensor, inputs: Tensor | None) -> Tensor:
+        """A feature of tokens at full length, zero where there is padding; another one as it is."""
+        if self.tokens is None or inputs is None:
+            return feature
+        padded, more = ~self.tokens.is_text(inputs), self.tokens.length - inputs.shape[1]
+        axes = _token_axes(feature, inputs.shape[1])
+        for axis in axes:
+            shape = [len(padded), *(inputs.shape[1] if a == axis else 1 for a in range(1, feature.ndim))]
+            feature = feature.masked_fill(padded.view(shape), 0)
+        return F.pad(feature, {0: (), 1: (0, 0, 0, more), 2: (0, more, 0, more)}[len(axes)])
+
+    def _narrowed(self, feature: Tensor, inputs: Tensor | None) -> Tensor:
+        """A feature of tokens at the length of the batch."""
+        if self.tokens is None or inputs is None:
+            return feature
+        for axis in _token_axes(feature, self.tokens.length):
+            feature = feature.narrow(axis, 0, inputs.shape[1])
+        return feature
+
+    def decode(
+        self, fields: dict[str, Tensor], inputs: Tensor | None = None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Logits (None where their fields are not given) and features by tap, in float32. inputs: the batch's.
 
         The classes outside the top k share the rest's mass evenly: at temperature 1 the probabilities of the k classes
         and the sum of all others are exact. At T > 1 that sum comes out too large and at T < 1 too small, the more the
         others differ among themselves.
         """
-        features = {name[4:]: values.float() for name, values in fields.items() if name.startswith("tap:")}
+        taps = {name[4:]: values for name, values in fields.items() if name.startswith("tap:")}
+        features = {tap: self._narrowed(values, inputs).float() for tap, values in taps.items()}
         if "logits" in fields:
             return fields["logits"].float(), features
         if "rest" not in fields:
@@ -92,3 +123,9 @@ class Contents:
         others = self.num_classes - values.shape[1]
         spread = (fields["rest"] - math.log(others))[:, None].expand(-1, self.num_classes)
         return spread.scatter(1, indices, values), features
+
+
+def _token_axes(feature: Tensor, length: int) -> tuple[int, ...]:
+    """The axes of a feature that are a text's tokens: of states (N, L, D), of attention maps (N, heads, L, L)."""
+    axes = {3: (1,), 4: (2, 3)}.get(feature.ndim, ())
+    return axes if all(feature.shape[axis] == length for axis in axes) else ()

@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class Store:
 
     def signals(self, batch: Batch, taps: Sequence[str], logits: bool) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Logits (None where they are not wanted) and features of a batch, all of whose rows are held; in float32."""
-        return self.contents.decode(self.read(batch, self.contents.names_of(taps, logits)))
+        return self.contents.decode(self.read(batch, self.contents.names_of(taps, logits)), batch.inputs)
 
     def _is_ready(self, turn: Turn, split: str) -> bool:
         if turn.complete:
@@ -146,7 +147,8 @@ class Store:
 
     def add(self, batch: Batch, signals: Signals) -> None:
         """Keeps what the teacher said of a batch. Raises ConfigError where a value has no place in the store."""
-        values = {n: _array(t, self.contents.numpy_dtype(n)) for n, t in self.contents.encode(signals).items()}
+        fields = self.contents.encode(signals, batch.inputs)
+        values = {name: _array(field, self.contents.numpy_dtype(name)) for name, field in fields.items()}
         self.put(self.turn(batch.split, batch.turn, batch.stream), batch.index.cpu().numpy(), values)
 
     def put(self, turn: Turn, index: Rows, values: Mapping[str, Array]) -> None:
@@ -315,6 +317,7 @@ def content_key(
 ) -> tuple[Contents, Key]:
     """What the store of a stage's teacher keeps, and its key."""
     contents = contents_of(experiment.teacher_cache or TeacherCache(), model, taps)
+    contents = replace(contents, tokens=data.tokens)
     changed = stage.data
     augment = changed.augment if changed.augment is not None else experiment.data.augment
     strong = changed.strong_augment if changed.strong_augment is not None else experiment.data.strong_augment

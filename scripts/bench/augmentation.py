@@ -22,7 +22,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from kdctl.data.augment import Augment, Augmentation
 from kdctl.data.base import ArraySplit
-from kdctl.data.loader import as_float
+from kdctl.data.loader import as_inputs
 from kdctl.data.rand_augment import RandAugment
 from kdctl.data.spatial import Cutout, HorizontalFlip, RandomCrop, RandomResizedCrop
 
@@ -95,7 +95,7 @@ CASES: dict[str, tuple[list[Augmentation], list[Change]]] = {
 
 
 def batched(split: ArraySplit, augment: Augment, rows: torch.Tensor) -> torch.Tensor:
-    return as_float(augment(split.fetch(rows), split.index[rows], torch.zeros_like(rows)))
+    return as_inputs(augment(split.fetch(rows), split.index[rows], torch.zeros_like(rows)))
 
 
 def per_sample(arrays: np.ndarray, changes: list[Change], rows: list[int]) -> torch.Tensor:

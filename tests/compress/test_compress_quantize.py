@@ -105,7 +105,7 @@ def test_convolution_share():
     ("dtype", "mode"), [("int4", "weight_only"), ("fp16", "weight_only"), ("bf16", "weight_only"), ("int8", "static")]
 )
 def test_mode_of_other_dtypes(dtype, mode):
-    assert Quantize(dtype=dtype)._mode(model_of(Net()), SHAPE, {}) == mode
+    assert Quantize(dtype=dtype)._mode(model_of(Net()), {}) == mode
 
 
 @pytest.mark.parametrize(
@@ -146,14 +146,14 @@ def test_inputs_that_training_left_in_float_stay_so(images, tmp_path):
     out, details = convert(Quantize(), net, images, tmp_path)
     assert (details["mode"], details["learned"]) == ("weight_only", 3)
     assert bench(model_of(net), images).quality(OnnxPredictor(out, 1)) == 60
-    assert Quantize(target="executorch")._plan(model_of(net), bench(model_of(net), images), SHAPE)[1].mode == "static"
+    assert Quantize(target="executorch")._plan(model_of(net), bench(model_of(net), images))[1].mode == "static"
 
 
 @pytest.mark.parametrize(("dtype", "learned"), [("int4", {"rough"}), ("fp16", set()), ("bf16", set())])
 def test_a_dtype_that_was_asked_for_is_kept(dtype, learned, images):
     """Only what fits it is taken as it was learnt: 8-bit steps are none of int4."""
     model = model_of(learnt(images, 8))
-    _, how = Quantize(dtype=dtype)._plan(model, bench(model, images), SHAPE)
+    _, how = Quantize(dtype=dtype)._plan(model, bench(model, images))
     assert (how.dtype, how.mode, set(how.learned)) == (dtype, "weight_only", learned)
 
 
@@ -248,8 +248,8 @@ def test_globs_of_keep():
     assert matching(net, []) == frozenset()
 
 
-def test_keep_is_of_convolutions_and_linears():
+def test_keep_is_of_convolutions_linears_and_embeddings():
     net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Embedding(3, 2), nn.ConvTranspose2d(2, 2, 1))
-    assert matching(net, ["*"]) == {"0", "3"}
+    assert matching(net, ["*"]) == {"0", "2", "3"}
     with pytest.raises(KdctlError, match="'1' matches no layer"):
         matching(net, ["1"])

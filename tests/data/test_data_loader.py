@@ -180,7 +180,7 @@ def test_loader_refuses_what_cannot_be() -> None:
 
 def test_augmented_size_is_known() -> None:
     batches = TrainLoader(arrays(), batch_size=8, augment=Augment([RandomResizedCrop(size=5)]))
-    assert batches.image_shape == (3, 5, 5)
+    assert batches.input_shape == (3, 5, 5)
     assert next(iter(batches.epoch(0))).inputs.shape == (8, 3, 5, 5)
 
 

@@ -103,7 +103,7 @@ def test_pairs_become_a_split() -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_table_entries_are_sources_that_the_registry_can_make(name: str) -> None:
-    arguments = {"npz": {"path": "x.npz"}, "image_folder": {"root": "x"}}.get(name, {})
+    arguments = {"npz": {"path": "x.npz"}, "image_folder": {"root": "x"}, "text": {"root": "x"}}.get(name, {})
     assert isinstance(registry.create("data", name, arguments), Source)
 
 
@@ -115,7 +115,7 @@ def test_digits_are_those_of_scikit_learn() -> None:
 
     dataset = Digits().load()
     assert dataset.test is not None and dataset.val is None
-    assert len(dataset.train) == 1297 and dataset.image_shape == (1, 8, 8)
+    assert len(dataset.train) == 1297 and dataset.input_shape == (1, 8, 8)
     assert torch.bincount(dataset.test.targets).tolist() == [50] * 10
 
     def rows(splits: list[Any]) -> list[tuple[int, ...]]:
@@ -309,7 +309,7 @@ def test_mnist_is_read(suffix: str, folder: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(mnist._MD5, "mnist", {})
     arrays = mnist_files(tmp_path / folder, suffix)
     dataset = Mnist(root=str(tmp_path)).load()
-    assert dataset.test is not None and dataset.image_shape == (1, 28, 28)
+    assert dataset.test is not None and dataset.input_shape == (1, 28, 28)
     np.testing.assert_array_equal(dataset.train.fetch(torch.arange(12))[:, 0].numpy(), arrays[mnist._FILES[0]])
     assert dataset.test.targets.tolist() == arrays[mnist._FILES[3]].tolist()
 
@@ -464,7 +464,7 @@ def test_folder_is_read(folder: Path) -> None:
     (folder / "train" / "cat" / "notes.txt").write_text("no image")
     (folder / "train" / ".hidden").mkdir()
     dataset = ImageFolder(root=str(folder), size=8).load()
-    assert dataset.class_names == ["cat", "dog"] and dataset.image_shape == (3, 8, 8)
+    assert dataset.class_names == ["cat", "dog"] and dataset.input_shape == (3, 8, 8)
     assert dataset.train.targets.tolist() == [0, 0, 0, 1, 1, 1] and dataset.val is None
     assert dataset.test is not None and len(dataset.test) == 4
     expected = np.asarray(Image.open(folder / "train" / "dog" / "1.png"))

@@ -281,7 +281,7 @@ def trial(experiment: Experiment, rows: int = 32) -> Trial:
     data = build.build_data(experiment)
     stage = experiment.student_stage
     return Trial(
-        experiment, stage, data, experiment.student, stage.teachers, torch.device("cpu"), rows, data.image_shape
+        experiment, stage, data, experiment.student, stage.teachers, torch.device("cpu"), rows, data.input_shape
     )
 
 

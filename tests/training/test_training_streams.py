@@ -17,7 +17,7 @@ from kdctl.clock import Clock
 from kdctl.config.schema import Experiment
 from kdctl.control import control
 from kdctl.data.augment import Augment
-from kdctl.data.loader import TrainLoader, as_float
+from kdctl.data.loader import TrainLoader, as_inputs
 from kdctl.data.prepare import Data
 from kdctl.errors import ConfigError
 from kdctl.experiment import Plan, train
@@ -143,7 +143,7 @@ def test_the_strong_version_is_a_function_of_index_and_view(load: Callable[..., 
     rows = torch.arange(20)
     crop = Augment([registry.create("augment", "random_crop", {"padding": 2})], seed=0)
     numbers = data.train.index[rows]
-    by_hand = as_float(crop(data.train.fetch(rows), numbers, numbers * 0, stream=1))
+    by_hand = as_inputs(crop(data.train.fetch(rows), numbers, numbers * 0, stream=1))
     assert all(torch.equal(by_hand[n], first[int(i)][1]) for n, i in enumerate(numbers))
 
 
