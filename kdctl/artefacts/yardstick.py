@@ -118,8 +118,8 @@ class Yardstick:
         train = self.data.train
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         for rows in order.split(128):
-            view = torch.full((len(rows),), CLEAN)
-            yield Batch(as_inputs(train.fetch(rows)), train.targets[rows], train.index[rows], view)
+            inputs, view = as_inputs(train.fetch(rows)), torch.full((len(rows),), CLEAN)
+            yield Batch(inputs, train.targets[rows], train.index[rows], view, extra=train.extra(inputs))
 
 
 def opener(target: str) -> str:

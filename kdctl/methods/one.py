@@ -96,7 +96,7 @@ class ONE(Method):
         """Channels of the feature that the branches start from."""
         trunk, _ = parts_of(self.student, self.at, "method.at")
         shared = copy.deepcopy(Model(nn.Sequential(trunk), self.student.record, self.student.base)).cpu().eval()
-        inputs = self.task.example(self.student.record.image_shape, 2)
+        inputs = self.student.record.example(2)
         return to_vectors(shared(inputs)).shape[1]
 
     def _terms_of(self, terms: Sequence[Term], branch: int | None) -> list[Term]:

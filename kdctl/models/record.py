@@ -13,6 +13,7 @@ import inspect
 import json
 import shutil
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,14 @@ class ModelRecord:
         """(C, H, W) of an image, (L,) of the longest text."""
         return tuple(self.image_shape) if self.tokens is None else (self.tokens.length,)
 
-    def example(self, count: int = 1) -> Tensor:
-        """Inputs of the right form, always the same: noise in [0, 1], or texts of random tokens of full length."""
+    def example(self, count: int = 1, image_shape: Sequence[int] | None = None) -> Tensor:
+        """Inputs of the right form, always the same: noise in [0, 1], or texts of random tokens of full length.
+
+        image_shape: of images that augmentation gives another (C, H, W).
+        """
         generator = torch.Generator().manual_seed(0)
         if self.tokens is None:
-            return torch.rand(count, *self.image_shape, generator=generator)
+            return torch.rand(count, *(image_shape or self.image_shape), generator=generator)
         numbers = torch.randint(self.tokens.vocab_size, (count, self.tokens.length), generator=generator)
         usable = (self.tokens.pad + 1) % self.tokens.vocab_size
         return numbers.masked_fill(numbers == self.tokens.pad, usable)

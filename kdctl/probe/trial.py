@@ -68,7 +68,7 @@ class Trial:
         self._resize(rows)
 
     def _resize(self, rows: int) -> None:
-        inputs = self._student.record.example(rows).to(self._device)
+        inputs = self._student.record.example(rows, self._shape).to(self._device)
         index = torch.arange(rows, device=self._device)
         self._batch = Batch(inputs, torch.zeros_like(index), index, torch.zeros_like(index))
 

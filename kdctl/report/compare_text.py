@@ -120,19 +120,19 @@ def page(document: Document) -> str:
 
 
 def _value(row: Document) -> str | None:
-    value = row["value"]
-    if value is None:
-        return None
-    ends = value["ci95"]
-    return f"{value['mean']:.2f}" + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
+    return _with_interval(row["value"])
 
 
 def _difference(row: Document) -> str | None:
-    value = row["against_baseline"]
+    return _with_interval(row["against_baseline"], "+")
+
+
+def _with_interval(value: Document | None, sign: str = "") -> str | None:
+    """A mean and, where there is one, its interval."""
     if value is None:
         return None
     ends = value["ci95"]
-    return f"{value['mean']:+.2f}" + (f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else "")
+    return f"{value['mean']:{sign}.2f}" + (f" [{ends[0]:{sign}.2f}, {ends[1]:{sign}.2f}]" if ends else "")
 
 
 def _front(row: Document) -> str | None:

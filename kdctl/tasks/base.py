@@ -55,7 +55,3 @@ class Task:
     def chance(self, targets: ArrayLike) -> float:
         """The primary metric of the best answer that does not look at the input."""
         raise NotImplementedError
-
-    def example(self, shape: Sequence[int], num_samples: int = 1) -> Tensor:
-        """Inputs of the right form, always the same, for export, pruning and timing."""
-        raise NotImplementedError

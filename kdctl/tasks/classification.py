@@ -89,10 +89,6 @@ class Classification(Task):
         truth = truth[truth != IGNORE].astype(np.int64)
         return 100 * float(np.bincount(truth).max()) / truth.size if truth.size else float("nan")
 
-    def example(self, shape: Sequence[int], num_samples: int = 1) -> Tensor:
-        """Images (N, C, H, W) of noise in [0, 1]; `shape` is (C, H, W)."""
-        return torch.rand(num_samples, *shape, generator=torch.Generator().manual_seed(0))
-
 
 def predictions(logits: ArrayLike) -> NDArray[np.int64]:
     """The chosen class of each row: the largest logit, the lower index where several are; -1 for a row with a NaN."""

@@ -265,3 +265,10 @@ net.load_state_dict(load_file({str(stem.with_suffix(".safetensors"))!r}))
 assert "torchvision" not in sys.modules and "timm" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_example_is_always_the_same_and_of_the_shape_that_is_asked_for() -> None:
+    record = ModelRecord("digits_cnn", {"width": 4}, 10, [str(i) for i in range(10)], [1, 8, 8])
+    example = record.example(2)
+    assert example.shape == (2, 1, 8, 8) and 0 <= example.min() and example.max() <= 1
+    assert torch.equal(example, record.example(2)) and record.example(3, [1, 4, 6]).shape == (3, 1, 4, 6)

@@ -285,6 +285,13 @@ def trial(experiment: Experiment, rows: int = 32) -> Trial:
     )
 
 
+def test_steps_are_timed_at_the_size_that_augmentation_gives() -> None:
+    experiment = small()
+    data, stage = build.build_data(experiment), experiment.student_stage
+    subject = Trial(experiment, stage, data, experiment.student, [], torch.device("cpu"), 5, (1, 12, 10))
+    assert subject._batch.inputs.shape == (5, 1, 12, 10)
+
+
 def test_a_step_trains_the_student_alone() -> None:
     subject = trial(small())
     choice = Choice("fp32", "contiguous", 1)

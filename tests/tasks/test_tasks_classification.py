@@ -153,12 +153,6 @@ def test_forward_and_supervised() -> None:
     torch.testing.assert_close(value, expected)
 
 
-def test_example_is_always_the_same_image() -> None:
-    example = TASK.example((3, 4, 5), 2)
-    assert example.shape == (2, 3, 4, 5) and 0 <= example.min() and example.max() <= 1
-    assert torch.equal(example, TASK.example((3, 4, 5), 2))
-
-
 def test_it_is_a_task() -> None:
     assert isinstance(TASK, Task)
     assert set(vars(Classification)) >= {n for n in vars(Task) if not n.startswith("_")} - {"forward", "num_labelled"}
