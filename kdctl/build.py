@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kdctl import ranks, registry, sharding
+from kdctl.assembly.inherit import inherit
 from kdctl.assembly.models import build_model, build_teachers, check_fits, check_teacher, seed_everything
 from kdctl.assembly.terms import build_terms, check_accumulation, check_taps, dry_run, teacher_taps
 from kdctl.config.schema import Experiment, RunSettings, TrainStage
@@ -18,7 +19,7 @@ from kdctl.data.augment import Augment
 from kdctl.data.loader import TrainLoader
 from kdctl.data.prepare import Data, prepare
 from kdctl.device import choose_device
-from kdctl.errors import ConfigError, MissingError, Problem
+from kdctl.errors import ConfigError, MissingError, Problem, did_you_mean
 from kdctl.methods.base import Method, Parts, Term
 from kdctl.models import record as records
 from kdctl.models.record import Model
@@ -63,6 +64,8 @@ class Built:
     """Each of several teachers, whose mean `teacher` is."""
     device: torch.device
     precision: str
+    inherited: str = ""
+    """What the student has of its teacher before it trains; empty where that is nothing."""
 
     @property
     def teachers(self) -> list[Model]:
@@ -75,7 +78,7 @@ def build_task(experiment: Experiment) -> Task:
 
 
 def build_data(experiment: Experiment) -> Data:
-    return prepare(experiment.data)
+    return prepare(experiment.data, target=build_task(experiment).target)
 
 
 def _synchronise(module: nn.Module) -> None:
@@ -135,7 +138,7 @@ def build_stage(
     _check_method(method, stage, settings)
 
     seed_everything(settings.seed, stage.name, "student")
-    student, models = _build_models(experiment, stage, data, stage_file, start, method)
+    student, models, inherited = _build_models(experiment, stage, data, stage_file, start, method)
     seed_everything(settings.seed, stage.name, "terms")
     loader = method.loader(build_loader(experiment, stage, data, device))
     terms = build_terms(stage.losses, len(loader), stage.ensemble, len(models))
@@ -169,14 +172,15 @@ def build_stage(
     method.assemble(Parts(student, teacher, terms, task, device, frozen, compile, steps, precision, epochs))
     optimizer = method.make_optimizer(stage.optimizer.kind, stage.optimizer.arguments)
     schedule = registry.create("schedules", stage.schedule.kind, stage.schedule.arguments)
-    return Built(task, data, loader, method, optimizer, schedule.factor, teacher, members, device, precision)
+    step_factor = schedule.factor
+    return Built(task, data, loader, method, optimizer, step_factor, teacher, members, device, precision, inherited)
 
 
 def _build_models(
     experiment: Experiment, stage: TrainStage, data: Data, stage_file: Callable[[str], Path], start: Path | None,
     method: Method,
-) -> tuple[Model, list[Model]]:  # fmt: skip
-    """The model that trains, as the stage's method wants it, and the teachers."""
+) -> tuple[Model, list[Model], str]:  # fmt: skip
+    """The model that trains, as the stage's method wants it, the teachers, and what it begins with of them."""
     seed, spec = experiment.train.seed, stage.student or experiment.student
     student = records.load_model(start) if start else build_model(spec, data, "student", stage_file)
 
@@ -187,8 +191,9 @@ def _build_models(
     for path in stage.frozen:
         _submodule(student.net, path).requires_grad_(False)
     models = build_teachers(stage, data, seed, stage_file)
+    inherited = inherit(student, spec.inherit, models, data.train) if spec.inherit and start is None else ""
     seed_everything(seed, stage.name, "method")
-    return method.prepare(student, models, fresh), models
+    return method.prepare(student, models, fresh), models, inherited
 
 
 def _check_method(method: Method, stage: TrainStage, settings: RunSettings) -> None:
@@ -236,7 +241,9 @@ def _submodule(net: nn.Module, path: str) -> nn.Module:
     try:
         return net.get_submodule(path)
     except AttributeError:
-        raise ConfigError(Problem(f"the student has no module '{path}'", key="frozen")) from None
+        names = [name for name, _ in net.named_modules() if name]
+        hint = did_you_mean(path, names) or f"modules are {', '.join(name for name, _ in net.named_children())}, ..."
+        raise ConfigError(Problem(f"the student has no module '{path}'", key="frozen", hint=hint)) from None
 
 
 def build_loader(experiment: Experiment, stage: TrainStage, data: Data, device: torch.device) -> TrainLoader:
@@ -264,4 +271,4 @@ def _on_cpu(batch: Batch) -> Batch:
     strong = None if batch.strong is None else batch.strong.cpu()
     extra = {name: value.cpu() for name, value in batch.extra.items()}
     given = (batch.inputs.cpu(), batch.targets.cpu(), batch.index.cpu(), batch.view.cpu())
-    return Batch(*given, strong=strong, extra=extra)
+    return Batch(*given, keep=None if batch.keep is None else batch.keep.cpu(), strong=strong, extra=extra)

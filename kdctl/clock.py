@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-SECTIONS = ("data", "teacher", "forward", "backward", "optimizer", "exchange", "evaluation")
-"""What training spends its time on; `exchange` is between processes, and `other` whatever is in none of them."""
+SECTIONS = ("data", "sampling", "teacher", "forward", "backward", "optimizer", "exchange", "evaluation")
+"""What training spends its time on; `sampling` is of texts, `exchange` between processes, `other` whatever is in none of them."""
 
 
 class Clock:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdctl import ranks, registry, runs
-from kdctl.config.schema import Component, Experiment, LossSpec, ModelSpec, TapPair, TeacherSpec, TrainStage
+from kdctl.config.schema import Component, DataSpec, Experiment, LossSpec, ModelSpec, TapPair, TeacherSpec, TrainStage
 from kdctl.errors import ConfigError, Problem, UsageError, did_you_mean
 from kdctl.losses.base import Loss
 from kdctl.methods.base import Method
@@ -103,7 +103,7 @@ def control(experiment: Experiment) -> Experiment:
         raise ConfigError(Problem("no term is left without the teacher", key="losses", hint=hint))
     names = {stage.name for stage in mine}
     stages: list[Any] = []
-    for stage in mine:
+    for stage in inheriting_nothing(mine):
         losses = _alone(stage.losses) or [LossSpec(kind="supervised")]
         update: dict[str, Any] = {"teacher": None, "losses": losses, "balance": "none"}
         update |= {"method": Component(kind="distill"), "ensemble": Component(kind="mean_logits")}
@@ -112,7 +112,36 @@ def control(experiment: Experiment) -> Experiment:
         if stage.start not in ("fresh", "previous", *names):
             update["start"] = "fresh"
         stages.append(stage.model_copy(update=update))
-    return experiment.model_copy(update={"stages": stages, "teacher_cache": None})
+    data = _without_further_texts(experiment, stages)
+    return experiment.model_copy(update={"data": data, "stages": stages, "teacher_cache": None})
+
+
+def _without_further_texts(experiment: Experiment, stages: Sequence[TrainStage]) -> DataSpec:
+    """The data without `expand`: texts without a label tell terms that need one nothing, and cost time.
+
+    They stay where a term needs no label, and where a `limit` takes its share of them: without them the control would
+    have more labels than the distillation.
+    """
+    data = experiment.data
+    limited = any(limit is not None for limit in (data.limit, *(stage.data.limit for stage in stages)))
+    told = any(not _class(spec).needs_targets for stage in stages for spec in stage.losses)
+    return data if limited or told else data.model_copy(update={"expand": []})
+
+
+def inheriting_nothing(stages: Sequence[TrainStage]) -> list[TrainStage]:
+    """The stages with fresh weights in place of inherited ones, which are part of what a teacher gives. Nothing is
+    frozen in them and in what goes on from them: fresh weights that never train would be a handicap."""
+    heirs: set[str] = set()
+    changed = []
+    for stage in stages:
+        if stage.student is not None and stage.student.inherit is not None:
+            stage = stage.model_copy(update={"student": stage.student.model_copy(update={"inherit": None})})
+            heirs.add(stage.name)
+        if stage.start in heirs or stage.name in heirs:
+            heirs.add(stage.name)
+            stage = stage.model_copy(update={"frozen": []})
+        changed.append(stage)
+    return changed
 
 
 def _alone(losses: Sequence[LossSpec]) -> list[LossSpec]:
@@ -231,7 +260,8 @@ def _replaced(
 ) -> tuple[Experiment, Files]:
     """The student's stages of a further seed, each taught stage changed; what would be made of the student is not."""
     shared, files = with_shared_teachers(experiment, made.first)
-    stages = [change(stage, files) if stage.teachers else stage for stage in _student_stages(shared)]
+    mine = inheriting_nothing(_student_stages(shared))
+    stages = [change(stage, files) if stage.teachers else stage for stage in mine]
     return shared.model_copy(update={"stages": stages}), files
 
 
@@ -274,7 +304,7 @@ def _by_itself(experiment: Experiment, made: Made) -> tuple[Experiment, Files]:
         student = stage.student or experiment.student
         for suffix in (".safetensors", ".json"):
             files[f"{SHARED}/self{suffix}"] = baseline / f"student{suffix}"
-        given = student.model_dump(by_alias=False, exclude={"weights", "stage", "mapping"})
+        given = student.model_dump(by_alias=False, exclude={"weights", "stage", "mapping", "inherit"})
         teacher = TeacherSpec(**given, weights=f"{SHARED}/self.safetensors", control=True)
         losses = [spec.model_copy(update={"taps": [_own_tap(tap) for tap in spec.taps]}) for spec in stage.losses]
         return stage.model_copy(
@@ -290,7 +320,7 @@ def _own_tap(tap: Any) -> Any:
 
 CONTROLS: dict[str, Control] = {
     BASELINE: Control(
-        "the same student without a teacher: its terms gone, the supervised weights scaled to 1",
+        "the same student without a teacher: its terms gone, the supervised weights scaled to 1, nothing inherited",
         lambda experiment, _: (control(experiment), {}),
     ),
     "equal_time": Control(
@@ -304,4 +334,5 @@ CONTROLS: dict[str, Control] = {
     "shuffled_labels": Control("the teacher's answers, each given to another sample", _shuffled, placebo=True),
     "self": Control("the baseline student as its own teacher", _by_itself),
 }
-"""In the order of reports, in which those of a seed are run too: some are made from those before them."""
+"""The student of none inherits. In the order of reports, in which those of a seed are run too: some are made from those
+before them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from kdctl import checkpoint as checkpoints
 from kdctl import device as devices
 from kdctl.cache import clean_logits
 from kdctl.config.schema import Experiment
-from kdctl.data.base import Split
+from kdctl.data.base import Split, has_label
 from kdctl.data.loader import clean_batches
 from kdctl.data.prepare import Data
 from kdctl.errors import MissingError, Problem
@@ -29,7 +29,7 @@ from kdctl.quality import describe as quality
 from kdctl.quality.classes import confused
 from kdctl.ranks import Ranks
 from kdctl.runs import Run
-from kdctl.signals import find_logits
+from kdctl.signals import Batch, find_logits
 from kdctl.tasks.base import Task
 from kdctl.tasks.classification import Classification
 from kdctl.teachers.base import Teacher
@@ -87,10 +87,13 @@ def open_torch(path: str, threads: int | None = None) -> TorchPredictor:
 
 @dataclass
 class Predictions:
-    """What a predictor said about a split. logits (N, C) float32; targets (N,); index (N,)."""
+    """What a predictor said about a split, R rows of what its task keeps: of a classifier the samples themselves.
+
+    logits: float32 (R, K). targets: (R, ...). index: (R,), the number of each row's sample.
+    """
 
     logits: Floats
-    targets: NDArray[np.int64]
+    targets: NDArray[Any]
     index: NDArray[np.int64]
 
     def save(self, path: Path) -> None:
@@ -98,30 +101,39 @@ class Predictions:
             np.savez_compressed(file, logits=self.logits, targets=self.targets, index=self.index)
 
 
-def batches(split: Split, batch_size: int) -> Iterator[tuple[Floats, NDArray[np.int64], NDArray[np.int64]]]:
-    """Clean images as float32 in [0, 1], or token numbers, with targets and indices, in the split's clean_order."""
-    for batch in clean_batches(split, batch_size=batch_size, device=torch.device("cpu")):
-        yield batch.inputs.numpy(), batch.targets.numpy(), batch.index.numpy()
+class _Rows:
+    """What is kept of the logits of a split's batches, in the order of its samples."""
+
+    def __init__(self, split: Split, task: Task) -> None:
+        self._split, self._task = split, task
+        self._logits: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._counts: list[Tensor] = []
+
+    def add(self, logits: Tensor, batch: Batch) -> None:
+        kept, targets = self._task.outcome(logits, batch)
+        for values, found in ((self._logits, kept), (self._targets, targets)):
+            values.append(found.cpu())
+        self._counts.append(self._task.rows_of(batch).cpu())
+
+    def predictions(self) -> Predictions:
+        """All of them, those of a sample together and in its order."""
+        sample = self._split.clean_order().repeat_interleave(torch.cat(self._counts))
+        order = torch.argsort(sample, stable=True)
+        logits, targets = (torch.cat(values)[order].numpy() for values in (self._logits, self._targets))
+        return Predictions(logits, targets, self._split.index[sample[order]].numpy())
 
 
 def predict(
-    predictor: Predictor, split: Split, batch_size: int, bar: Bar = no_bar, what: str = "evaluating"
+    predictor: Predictor, split: Split, task: Task, batch_size: int, bar: Bar = no_bar, what: str = "evaluating"
 ) -> Predictions:
     """Runs a predictor over a whole split, each sample once, clean. bar: shows how far it is, in samples."""
-    logits, targets, index = [], [], []
+    rows = _Rows(split, task)
     with bar(what, len(split)) as advance:
-        for images, target, number in batches(split, predictor.fixed_batch or batch_size):
-            logits.append(predictor(images))
-            targets.append(target)
-            index.append(number)
-            advance(len(target))
-    parts = [np.concatenate(part)[_as_it_stands(split).numpy()] for part in (logits, targets, index)]
-    return Predictions(*parts)
-
-
-def _as_it_stands(split: Split) -> Tensor:
-    """Where each sample of a split is in its clean_order."""
-    return torch.argsort(split.clean_order())
+        for batch in clean_batches(split, batch_size=predictor.fixed_batch or batch_size):
+            rows.add(torch.from_numpy(predictor(batch.inputs.numpy())), batch)
+            advance(batch.size)
+    return rows.predictions()
 
 
 def metrics(predictions: Predictions, task: Task) -> dict[str, float]:
@@ -143,15 +155,17 @@ def validate(
     was_training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        logits = []
+        rows, steps = _Rows(own, task), 0
         for batch in clean_batches(own, batch_size=batch_size, device=device):
             with devices.autocast(device, precision):
                 outputs = task.forward(model, batch)
-            logits.append(task.signals(outputs, batch).logits.float())
-        if len(logits) < math.ceil(math.ceil(len(split) / everyone.size) / batch_size):
+            rows.add(task.signals(outputs, batch).logits, batch)
+            steps += 1
+        if steps < math.ceil(math.ceil(len(split) / everyone.size) / batch_size):
             task.forward(model, batch)  # sharded weights are put together by all processes or none
-        said = everyone.gathered(torch.cat(logits).cpu()[_as_it_stands(own)])
-        return metrics(Predictions(said.numpy(), split.targets.numpy(), split.index.numpy()), task)
+        said = rows.predictions()
+        parts = (everyone.gathered(torch.from_numpy(part)).numpy() for part in (said.logits, said.targets, said.index))
+        return metrics(Predictions(*parts), task)
     finally:
         for name, module in model.named_modules():
             module.training = was_training[name]
@@ -159,15 +173,14 @@ def validate(
 
 @torch.no_grad()
 def ask(
-    teacher: Teacher, split: Split, name: str, device: torch.device, batch_size: int, precision: str
+    teacher: Teacher, split: Split, task: Task, name: str, device: torch.device, batch_size: int, precision: str
 ) -> Predictions:
     """What a teacher says of a clean split (train, val or test), as it says it in training: from its store, if any."""
-    logits = []
+    rows = _Rows(split, task)
     for batch in clean_batches(split, batch_size=batch_size, name=name, device=device):
         with devices.autocast(device, precision):
-            logits.append(teacher(batch, taps=()).logits.float().cpu())
-    said = torch.cat(logits)[_as_it_stands(split)]
-    return Predictions(said.numpy(), split.targets.numpy(), split.index.numpy())
+            rows.add(teacher(batch, taps=()).logits, batch)
+    return rows.predictions()
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -197,10 +210,10 @@ def evaluate_run(
     student = load_student(run, experiment, checkpoint)
     build.check_fits(student.record, data, "student")
     predictor = TorchPredictor(quick(student), device)
-    predictions = predict(predictor, samples, size, bar, f"student, {split}")
+    predictions = predict(predictor, samples, task, size, bar, f"student, {split}")
     fitted = checkpoint == "best" and split != "val" and data.val is not None and isinstance(task, Classification)
     splits = [split, "val"] if fitted else [split]
-    val = predict(predictor, data.split("val"), size, bar, "student, val") if fitted else None
+    val = predict(predictor, data.split("val"), task, size, bar, "student, val") if fitted else None
     document = describe(predictions, task, data, val) | {"split": split, "checkpoint": checkpoint}
     said, notes = ask_teachers(run, experiment, data, splits, device, bar) if with_teacher else (None, [])
     teacher = None if said is None else said[split]
@@ -231,7 +244,7 @@ def evaluate_config(
     data, task = build.build_data(experiment), build.build_task(experiment)
     student = build.build_model(experiment.student, data, "student")
     predictor, size = TorchPredictor(quick(student), device), experiment.data.eval_batch_size
-    predictions = predict(predictor, data.split(split), size, bar, f"student, {split}")
+    predictions = predict(predictor, data.split(split), task, size, bar, f"student, {split}")
     return describe(predictions, task, data) | {"split": split, "teacher": None, "agreement": None, "notes": []}
 
 
@@ -246,8 +259,8 @@ def describe(predictions: Predictions, task: Task, data: Data, val: Predictions 
     """Samples, metrics, the metric of each class and, of a classifier, how good its probabilities are and what it
     takes for what. val: its predictions on the validation split, which the temperature is fitted on."""
     rows = task.per_class(predictions.logits, predictions.targets)
-    rows = [{"name": name} | row for name, row in zip(data.class_names, rows, strict=True)]
-    samples = int((predictions.targets >= 0).sum())
+    rows = [{"name": name} | row for name, row in zip(data.class_names, rows, strict=bool(rows))]
+    samples = int(has_label(torch.from_numpy(predictions.targets)).sum())
     document: dict[str, Any] = {"samples": samples, "metrics": metrics(predictions, task), "per_class": rows}
     document |= {"quality": {"student": None, "teacher": None}, "fidelity": None, "confusion": None, "confused": []}
     if isinstance(task, Classification):
@@ -322,15 +335,33 @@ def ask_teachers(
 def _mean_logits(
     teachers: Sequence[Model], experiment: Experiment, data: Data, split: str, device: str, bar: Bar
 ) -> Predictions:
-    stage, size = experiment.student_stage, experiment.data.eval_batch_size
+    """What the mean of the teachers' logits says of a split."""
+    stage, size, task = experiment.student_stage, experiment.data.eval_batch_size, build.build_task(experiment)
     samples = data.split(split)
-    said: list[Floats] = []
-    for number, model in enumerate(teachers):
 
-        def measure(model: Model = model) -> Floats:
-            return predict(TorchPredictor(quick(model), device), samples, size, bar, f"teacher, {split}").logits
+    def measure(*models: Model) -> Predictions:
+        predictors = [TorchPredictor(quick(model), device) for model in models]
+        predictor = predictors[0] if len(predictors) == 1 else _Mean(predictors)
+        return predict(predictor, samples, task, size, bar, f"teacher, {split}")
 
-        kept = experiment.teacher_cache is not None and device == "cpu"
-        said.append(clean_logits(experiment, stage, number, model, data, split, measure) if kept else measure())
+    if experiment.teacher_cache is None or device != "cpu" or data.head != "sample":
+        return measure(*teachers)
+    said = [
+        clean_logits(experiment, stage, number, model, data, split, lambda model=model: measure(model).logits)  # type: ignore[misc]
+        for number, model in enumerate(teachers)
+    ]
     mean = said[0] if len(said) == 1 else np.mean(np.stack(said), axis=0, dtype=np.float32)
     return Predictions(np.asarray(mean), samples.targets.numpy(), samples.index.numpy())
+
+
+class _Mean:
+    """Several predictors as one: the mean of their logits."""
+
+    def __init__(self, members: Sequence[Predictor]) -> None:
+        self._members = members
+        first = members[0]
+        self.runtime, self.image_shape, self.num_classes = first.runtime, first.image_shape, first.num_classes
+        self.fixed_batch = first.fixed_batch
+
+    def __call__(self, images: NDArray[Any]) -> Floats:
+        return np.mean(np.stack([member(images) for member in self._members]), axis=0, dtype=np.float32)

@@ -201,7 +201,7 @@ def _end_epoch(loop: Loop) -> None:
             size, precision = loop.eval_batch_size, built.precision
             val = validate(built.method.student, built.data.val, built.task, built.device, size, precision)
     state.epoch += 1
-    value = val.get(built.task.primary, math.nan)
+    value = built.task.score(val) if val else math.nan
     best = value > state.best_value and built.method.ready()
     if best:
         state.best_epoch, state.best_value = state.epoch, value

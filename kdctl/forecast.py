@@ -97,6 +97,8 @@ class _Draft:
         elif stage.role == "compressed":
             notes.append(f"the student is what {stage.start} makes: here it is as it was before, with fresh weights")
         student = _fresh(spec, made)
+        if stage.start in made:  # it inherits in the stage that it starts from
+            student = student.model_copy(update={"inherit": None})
         teachers = [_fresh(given, made) for given in stage.teachers]
         for given in stage.teachers:
             if given.stage in made:
@@ -125,6 +127,7 @@ def _stage(experiment: Experiment, draft: _Draft, data: Data, store: dict[str, A
         warnings.simplefilter("always")
         alone = experiment.model_copy(update={"teacher_cache": None})  # a step would write into the store
         built = build.build_stage(alone, stage, data, Path)
+    draft.notes += [built.inherited] if built.inherited else []
     found = [str(w.message) for w in caught if issubclass(w.category, UserWarning) and "gradient" in str(w.message)]
     few = built.loader.few(_SHOWN_SAMPLES)
     student, terms = built.method.student, built.method.terms

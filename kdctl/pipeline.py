@@ -158,6 +158,8 @@ def _run_train_stage(
     built = _built(run, experiment, stage, data)
     _check_teachers(built, stage, experiment)
     reporter.say(_describe(stage, built))
+    if built.inherited:
+        reporter.say(f"stage {stage.name}: {built.inherited}")
     if ranks.current().size > 1:
         reporter.say(_describe_processes(built))
     _open_stores(built, stage, experiment, reporter, stop)
@@ -244,14 +246,15 @@ def _time_spent(stage: TrainStage, state: Progress) -> str:
 def _check_teachers(built: Built, stage: TrainStage, experiment: Experiment) -> None:
     name = "train" if built.data.val is None else "val"
     split = built.data.split(name)
-    rows = stratified(split.targets, 0)
-    rows = rows[split.targets[rows] != IGNORE][:_TEACHER_CHECK_SAMPLES]
+    rows = stratified(split.strata, 0)
+    rows = rows[split.strata[rows] != IGNORE][:_TEACHER_CHECK_SAMPLES]
     if len(rows) == 0:
         return
     some, size = split.subset(rows), experiment.data.eval_batch_size
     for member, spec in zip(built.members, stage.teachers, strict=True):
-        got = metrics(ask(member, some, name, built.device, size, built.precision), built.task)
-        build.check_teacher(got[built.task.primary], built.task.chance(some.targets), spec)
+        said = ask(member, some, built.task, name, built.device, size, built.precision)
+        got, chance = metrics(said, built.task)[built.task.primary], built.task.chance(said.targets)
+        build.check_teacher(got, chance, spec)
 
 
 def _describe(stage: TrainStage, built: Built) -> str:
@@ -260,7 +263,7 @@ def _describe(stage: TrainStage, built: Built) -> str:
     terms = " + ".join(f"{loss.label} x {loss.weight}" for loss in stage.losses)
     teachers = ", ".join(t.record.kind for t in built.teachers)
     taught = f", teacher {teachers}" if teachers else ""
-    labelled = int((built.data.train.targets >= 0).sum())
+    labelled = int((built.data.train.strata != IGNORE).sum())
     return (
         f"stage {stage.name}: {student.record.kind} ({size:,} parameters){taught}; {terms}; "
         f"{len(built.data.train):,} samples, {labelled:,} labelled; {stage.epochs} epochs of {len(built.loader)} "

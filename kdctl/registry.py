@@ -29,6 +29,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "ensembles": ("kdctl.teachers", "ENSEMBLES"),
     "data": ("kdctl.data", "SOURCES"),
     "augment": ("kdctl.data", "AUGMENTATIONS"),
+    "expansions": ("kdctl.data.expansions", "EXPANSIONS"),
     "tasks": ("kdctl.tasks", "TASKS"),
     "optimizers": ("kdctl.optim", "OPTIMIZERS"),
     "schedules": ("kdctl.optim", "SCHEDULES"),
@@ -39,8 +40,9 @@ GROUPS: dict[str, tuple[str, str]] = {
 """group -> (package, name of its table)."""
 
 GIVEN: dict[str, frozenset[str]] = {
-    "models": frozenset({"num_classes", "in_channels", "image_shape", "vocab_size", "max_length", "pad"}),
+    "models": frozenset({"num_classes", "in_channels", "image_shape", "vocab_size", "max_length", "pad", "head"}),
     "optimizers": frozenset({"params"}),
+    "data": frozenset({"target"}),
 }
 """Arguments that kdctl itself supplies when it builds a component of the group; a file does not set them."""
 
@@ -51,6 +53,7 @@ CONTRACTS: dict[str, str | tuple[str, ...]] = {
     "ensembles": "kdctl.teachers.combine:Combination",
     "data": ("load",),
     "augment": "kdctl.data.augment:Augmentation",
+    "expansions": "kdctl.data.expansions.base:Expansion",
     "tasks": "kdctl.tasks.base:Task",
     "optimizers": "torch.optim:Optimizer",
     "schedules": "kdctl.optim.schedules:Schedule",
@@ -62,12 +65,17 @@ CONTRACTS: dict[str, str | tuple[str, ...]] = {
 
 SINGULAR = {
     "models": "model", "losses": "loss", "methods": "method", "ensembles": "ensemble", "data": "data source",
-    "augment": "augmentation",
+    "augment": "augmentation", "expansions": "expansion",
     "tasks": "task", "optimizers": "optimizer", "schedules": "schedule", "compressors": "compressor",
     "exporters": "exporter", "loggers": "logger",
 }  # fmt: skip
 
-_ZOOS = {"torchvision": "TorchvisionModel", "timm": "TimmModel"}
+_ZOOS = {
+    "torchvision": "torchvision_models:TorchvisionModel",
+    "timm": "timm_models:TimmModel",
+    "huggingface": "huggingface:HuggingFaceModel",
+}
+"""What stands before `:NAME` in kinds of models -> the class that makes them, in kdctl.models."""
 _OWN_CLASS = re.compile(r"^(?P<place>.+):(?P<name>[A-Za-z_]\w*)$")
 
 
@@ -151,7 +159,8 @@ def find(group: str, kind: str, base: Path | None = None) -> Component:
     """The component that `kind` names. Raises ConfigError with a hint when there is none.
 
     A kind is a name of the catalogue or its alias, `package.module:Class`, `./file.py:Class` (read against `base`),
-    for models `torchvision:NAME` and `timm:NAME`, for optimizers the name of any class of torch.optim.
+    for models `torchvision:NAME`, `timm:NAME` and `huggingface:NAME_OR_FOLDER`, for optimizers the name of any class of
+    torch.optim.
     """
     entries = catalogue(group)
     name = canonical(group, kind)
@@ -160,8 +169,9 @@ def find(group: str, kind: str, base: Path | None = None) -> Component:
     own = _OWN_CLASS.match(kind)
     zoo, _, zoo_name = kind.partition(":")
     if group == "models" and zoo in _ZOOS and zoo_name:
-        target = f"kdctl.models.{zoo}_models:{_ZOOS[zoo]}"
-        return Component(group, kind, target, f"{zoo_name} of {zoo}", {"name": zoo_name}, f"built-in ({zoo})")
+        zoo_name = _absolute_folder(zoo_name, base) if zoo == "huggingface" else zoo_name
+        target, summary = f"kdctl.models.{_ZOOS[zoo]}", f"{zoo_name} of {zoo}"
+        return Component(group, f"{zoo}:{zoo_name}", target, summary, {"name": zoo_name}, f"built-in ({zoo})")
     if own is not None:
         return _own_component(group, kind, own["place"], own["name"], base)
     torch_names = _torch_optimizers() if group == "optimizers" else []
@@ -236,6 +246,13 @@ def _own_component(group: str, kind: str, place: str, name: str, base: Path | No
         component = Component(group, kind, f"{path}:{name}", source=str(path))
     doc = class_source(component).doc
     return Component(group, kind, component.target, doc.split("\n")[0], {}, component.source)
+
+
+def _absolute_folder(name: str, base: Path | None) -> str:
+    """A model's name as it is; a folder, which begins with a dot, `~` or `/`, as an absolute path."""
+    if not name.startswith((".", "~", "/")):
+        return name
+    return os.path.abspath((base or Path.cwd()) / os.path.expanduser(name))
 
 
 def is_file_kind(kind: str) -> bool:

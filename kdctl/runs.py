@@ -300,7 +300,7 @@ def holds_model(weights: str) -> bool:
     """Whether weights are kdctl's own: a run directory, or a file with its record beside it."""
     path = Path(weights)
     if path.is_dir():
-        return not (path / "model.safetensors").is_file()  # which a published model's folder has
+        return not any((path / name).is_file() for name in ("model.safetensors", "config.json"))  # a published model's
     return path.suffix in {".safetensors", ".json"} and path.with_suffix(".json").is_file()
 
 

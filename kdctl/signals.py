@@ -23,7 +23,8 @@ class Batch:
     """Samples of one step.
 
     inputs: what the model takes; images are float (N, C, H, W) in [0, 1].
-    targets: the task's labels, IGNORE where there is none; classification (N,) int64.
+    targets: the task's labels, IGNORE where there is none; classes (N,) int64, of tokens (N, L), of several (N, C);
+        numbers (N,) float32, NaN where there is none.
     index: (N,) int64, the sample's number in its split: keys of augmentation, stores and memory banks.
     view: (N,) int64, which augmented view of the sample this is; -1 is the clean sample.
     keep: None, or a bool mask over the rows of the logits that count (tokens that are not padding).
@@ -133,13 +134,13 @@ class Signals:
     """What a loss sees of a model on a batch.
 
     logits: in the task's shape, classes last but one for maps: (N, C), (N, C, H, W) or (N, L, C) with class_dim 2.
-    link: how logits become probabilities: softmax over classes, or one sigmoid a class.
+    link: how logits become what is learnt: softmax over classes, one sigmoid a class, or the numbers as they are.
     features: the output at each tap.
     keep: mask of the rows that count, None for all.
     """
 
     logits: Tensor
-    link: Literal["softmax", "sigmoid"] = "softmax"
+    link: Literal["softmax", "sigmoid", "identity"] = "softmax"
     features: dict[str, Tensor] = field(default_factory=dict)
     keep: Tensor | None = None
     class_dim: int = 1

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from kdctl import build, registry, runs
 from kdctl.config.dump import dump_yaml
@@ -19,6 +21,7 @@ from kdctl.data.tokens import TokenSplit
 from kdctl.device import settle_by_rule
 from kdctl.errors import Interrupted, MissingError
 from kdctl.pipeline import run_stages
+from kdctl.signals import IGNORE
 from kdctl.watch import Reporter
 
 STEPS = 2
@@ -30,6 +33,7 @@ _STAND_INS = {
     "fashion_mnist": ((1, 28, 28), 10),
 }
 """Image shape and number of classes of data that have to be fetched first."""
+_OF_TEXTS = ("text", "corpus")
 
 
 def smoke(experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
@@ -85,6 +89,9 @@ def _cheap(stage: OutputStage) -> OutputStage:
 def _at_hand(spec: Any, notes: list[str]) -> Any:
     """The model without weights that are not there."""
     assert isinstance(spec, ModelSpec)
+    if spec.inherit is not None and spec.inherit.source != "teacher" and not Path(spec.inherit.source).exists():
+        notes.append(f"{spec.kind}: fresh weights stand in for {spec.inherit.source}")
+        spec = spec.model_copy(update={"inherit": None})
     if spec.weights is None or (spec.weights != "pretrained" and Path(spec.weights).exists()):
         return spec
     note = f"{spec.kind}: fresh weights stand in for {spec.weights}"
@@ -101,9 +108,10 @@ def _data(experiment: Experiment, notes: list[str]) -> Data:
     try:
         data = build.build_data(experiment)
     except MissingError as error:
-        of_texts = spec.kind == "text"
+        of_texts, target = spec.kind in _OF_TEXTS, build.build_task(experiment).target
         notes.append(f"synthetic {'texts' if of_texts else 'images'} stand in for the data: {error}")
-        data = split_dataset(_texts(spec, count) if of_texts else _synthetic(spec, count), spec)
+        alone = spec.model_copy(update={"expand": []})
+        data = split_dataset(_texts(spec, count, target) if of_texts else _synthetic(spec, count), alone)
     train = _first(data.whole, count)
     labels = data.labels_per_class if data.labels_per_class == "all" else 1
     return dataclasses.replace(
@@ -116,7 +124,7 @@ def _first(split: Split | None, count: int) -> Any:
     """The first samples of a split, each class in proportion."""
     if split is None:
         return None
-    part = split.subset(stratified(split.targets, 0)[:count])
+    part = split.subset(stratified(split.strata, 0)[:count])
     return part.labelled(part.targets, torch.arange(len(part)))
 
 
@@ -133,18 +141,38 @@ def _synthetic(spec: DataSpec, count: int) -> Dataset:
     return Dataset(split(max(2 * count, 20 * classes)), test=split(max(_MEASURED, classes)), class_names=names)
 
 
-def _texts(spec: DataSpec, count: int) -> Dataset:
-    """Texts of a few made-up words in two classes, or in those that the file names."""
-    names = spec.arguments.get("class_names") or ["0", "1"]
+def _texts(spec: DataSpec, count: int, target: str) -> Dataset:
+    """Texts of a few made-up words, with labels of the target's kind in two classes or in those that the file names."""
+    named = spec.arguments.get("class_names")
+    names = list(named) if isinstance(named, list) else ["0", "1"]
     words = torch.randint(0, 200, (max(2 * count, 20 * len(names)), 8), generator=torch.Generator().manual_seed(0))
     texts = [" ".join(f"word{number}" for number in row) for row in words.tolist()]
     pairs = spec.arguments.get("pair") is not None
     tokenizer = Tokenizer.trained(texts, 400)
     tokens = tokenizer.tokens(int(spec.arguments.get("max_length", 128)), pairs)
     numbers = tokenizer.encode(texts, texts if pairs else None, tokens.length)
+    if target in ("next", "hidden"):
+        names = tokenizer.vocabulary()
+    elif target == "number":
+        names = ["score"]
 
     def split(samples: int) -> TokenSplit:
-        return TokenSplit.of(numbers[:samples], torch.arange(samples) % len(names), tokens)
+        targets, some = _labels(target, samples, len(names)), numbers[:samples]
+        if target != "tags":
+            return TokenSplit.of(some, targets, tokens, asks=target if target in ("next", "hidden") else "targets")
+        ids = torch.tensor([number for text in some for number in text])
+        tags = (torch.arange(len(ids)) % len(names)).int().masked_fill(~tokens.is_word(ids), IGNORE)
+        return TokenSplit.of(some, targets, tokens, tags=tags, asks="tags")
 
     test = split(min(max(_MEASURED, len(names)), len(texts)))
-    return Dataset(split(len(texts)), test=test, class_names=list(names), tokenizer=tokenizer.text)
+    return Dataset(split(len(texts)), test=test, class_names=names, tokenizer=tokenizer.text)
+
+
+def _labels(target: str, samples: int, classes: int) -> Tensor:
+    """Made-up targets of a kind (tasks.base.Task.target), which come in turn."""
+    turn = torch.arange(samples)
+    if target == "classes":
+        return F.one_hot(turn % classes, classes) | F.one_hot(turn // 2 % classes, classes)
+    if target == "number":
+        return turn % 10 / 10
+    return turn % classes if target == "class" else torch.zeros_like(turn)

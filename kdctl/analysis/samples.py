@@ -17,5 +17,5 @@ def chosen_split(data: Data) -> str:
 
 def some_of(split: Split, most: int = MOST) -> Split:
     """At most so many labelled samples, the same ones every time, each class in its proportion."""
-    rows = stratified(split.targets, 0)
-    return split.subset(rows[split.targets[rows] != IGNORE][:most].sort().values)
+    rows = stratified(split.strata, 0)
+    return split.subset(rows[split.strata[rows] != IGNORE][:most].sort().values)

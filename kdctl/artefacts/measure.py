@@ -178,8 +178,10 @@ def evaluate_artefact(
     data, task = build.build_data(experiment), build.build_task(experiment)
     samples, size = data.split(split), experiment.data.eval_batch_size
     predictor = open_file(made["target"], artefact / made["model"])
-    predictions = predict(predictor, samples, size, bar, f"{artefact.name}, {split}")
-    student = predict(TorchPredictor(evaluate.load_student(run, experiment)), samples, size, bar, f"student, {split}")
+    predictions = predict(predictor, samples, task, size, bar, f"{artefact.name}, {split}")
+    student = predict(
+        TorchPredictor(evaluate.load_student(run, experiment)), samples, task, size, bar, f"student, {split}"
+    )
     return evaluate.describe(predictions, task, data) | {
         "split": split,
         "runtime": predictor.runtime,

@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from kdctl import build, evaluate, registry
 from kdctl.compress.base import Floats, Workbench
 from kdctl.config.schema import Experiment, OutputStage, TrainStage
-from kdctl.data.loader import as_inputs
+from kdctl.data.loader import as_inputs, clean_batches
 from kdctl.data.prepare import Data, stratified
-from kdctl.evaluate import Predictions, TorchPredictor, batches, metrics, open_torch, predict, quick
+from kdctl.evaluate import Predictions, TorchPredictor, metrics, open_torch, predict, quick
 from kdctl.export import files
 from kdctl.export.onnx import record_metadata
 from kdctl.models.record import load_model, released
@@ -85,7 +84,7 @@ class Yardstick:
         self._plain[target, stem] = folder / path.name, said
 
     def predictions(self, predictor: Any) -> Predictions:
-        return predict(predictor, self.samples, self.experiment.data.eval_batch_size)
+        return predict(predictor, self.samples, self.task, self.experiment.data.eval_batch_size)
 
     def metrics(self, predictions: Predictions) -> dict[str, float]:
         return metrics(predictions, self.task)
@@ -96,13 +95,16 @@ class Yardstick:
         """Training images in a fixed order, and the quality of a predictor on what is no test sample."""
         student = self.run.stage_dir(self.experiment.origin(stage).name) / "model"
         held_out = self.data.val if self.data.val is not None else self.data.train
-        rows = stratified(held_out.targets, 0)
-        some = held_out.subset(rows[held_out.targets[rows] != IGNORE][:_QUALITY_SAMPLES])
+        rows = stratified(held_out.strata, 0)
+        some = held_out.subset(rows[held_out.strata[rows] != IGNORE][:_QUALITY_SAMPLES])
         size, primary = self.experiment.data.eval_batch_size, self.task.primary
 
         def quality(predictor: Callable[[Floats], Floats]) -> float:
-            pairs = [(predictor(images), targets) for images, targets, _ in batches(some, size)]
-            logits, targets = (np.concatenate(part) for part in zip(*pairs, strict=True))
+            pairs = [
+                self.task.outcome(torch.from_numpy(predictor(batch.inputs.numpy())), batch)
+                for batch in clean_batches(some, batch_size=size)
+            ]
+            logits, targets = (torch.cat(part).numpy() for part in zip(*pairs, strict=True))
             return float(self.task.metrics()[primary](logits, targets))
 
         def of_student() -> float:
@@ -118,8 +120,10 @@ class Yardstick:
         train = self.data.train
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         for rows in order.split(128):
-            inputs, view = as_inputs(train.fetch(rows)), torch.full((len(rows),), CLEAN)
-            yield Batch(inputs, train.targets[rows], train.index[rows], view, extra=train.extra(inputs))
+            view = torch.full((len(rows),), CLEAN)
+            posed = train.posed(rows, train.fetch(rows), view)
+            inputs = as_inputs(posed.inputs)
+            yield Batch(inputs, posed.targets, train.index[rows], view, posed.keep, extra=train.extra(inputs))
 
 
 def opener(target: str) -> str:

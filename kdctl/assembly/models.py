@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kdctl import registry
+from kdctl.assembly.published import check_tokenizer
 from kdctl.config.schema import ModelSpec, Normalize, TeacherSpec, TrainStage
 from kdctl.data.prepare import Data
 from kdctl.errors import ConfigError, MissingError, Problem
@@ -44,11 +45,11 @@ def build_model(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str
 
 @contextmanager
 def _under(key: str) -> Iterator[None]:
-    """Puts the model before the key of a problem with its weights, their names or normalisation."""
+    """Puts the model before the key of a problem with its kind, its weights, their names or normalisation."""
     try:
         yield
     except (ConfigError, MissingError) as error:
-        own = ("weights", "mapping", "normalize")
+        own = ("weights", "mapping", "normalize", "kind")
         inside = [p.key is not None and p.key.partition(".")[0] in own for p in error.problems]
         raise type(error)(
             *(replace(p, key=f"{key}.{p.key}") if i else p for p, i in zip(error.problems, inside, strict=True))
@@ -69,6 +70,7 @@ def _build(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str], Pa
     else:
         model = records.build_model(_record(spec, data))
         if spec.weights:
+            check_tokenizer(spec, data)
             load_weights(model.net, "pretrained" if spec.weights == "pretrained" else Path(spec.weights), spec.mapping)
     return model
 
@@ -93,6 +95,7 @@ def _load_other_classes(
     else:
         model = records.build_model(replace(_record(spec, data), num_classes=len(classes), class_names=list(classes)))
         if spec.weights:
+            check_tokenizer(spec, data)
             load_weights(model.net, "pretrained" if spec.weights == "pretrained" else Path(spec.weights), spec.mapping)
     names = model.record.class_names if isinstance(classes, str) else classes
     if len(names) != model.record.num_classes:
@@ -113,7 +116,9 @@ def _load_other_classes(
 def _record(spec: ModelSpec, data: Data) -> ModelRecord:
     names = list(data.class_names)
     if data.tokens is not None:
-        return ModelRecord(spec.kind, spec.arguments, len(names), names, image_shape=[], tokens=data.tokens)
+        return ModelRecord(
+            spec.kind, spec.arguments, len(names), names, image_shape=[], tokens=data.tokens, head=data.head
+        )
     return ModelRecord(
         kind=spec.kind,
         arguments=spec.arguments,
@@ -188,6 +193,9 @@ def _check_classes(record: ModelRecord, data: Data, key: str) -> None:
 
 def check_fits(record: ModelRecord, data: Data, key: str) -> None:
     """Refuses a model for other inputs or another number of classes than the data have."""
+    if record.head != data.head:
+        message = f"the model answers for each {record.head}, and the task asks about each {data.head}"
+        raise ConfigError(Problem(message, key=key, hint="name weights that were trained on this task"))
     if record.num_logits != len(data.class_names):
         message = f"the model has {record.num_logits} classes, the data {len(data.class_names)}"
         raise ConfigError(Problem(message, key=key, hint="name weights that were trained on these classes"))

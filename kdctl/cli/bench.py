@@ -49,7 +49,7 @@ def bench(
 def show(document: dict[str, Any]) -> None:
     """A row a cell, then what the columns are and where the numbers were written."""
     several = len({str(Path(path).parent) for path in document["written"]}) > 1
-    head = ["what", "runtime", "batch", "threads", "p50 ms", "p95 ms", "cpu ms", "images/s", "peak MB"]
+    head = ["what", "runtime", "batch", "threads", "p50 ms", "p95 ms", "cpu ms", "samples/s", "peak MB"]
     rows = [
         [
             row["path"] if several else row["what"], " ".join(row["runtime"].split()[:2]),

@@ -67,6 +67,7 @@ def plan(experiment: Experiment) -> dict[str, Any]:
             "augment": [a.kind for a in data.augment],
             "strong_augment": [a.kind for a in data.strong_augment],
             "views": data.views,
+            "expand": [_component(item) for item in data.expand],
         },
         "student": _model(experiment.student),
         "teacher": _teachers(experiment),
@@ -84,7 +85,8 @@ def _teachers(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def _model(spec: ModelSpec) -> dict[str, Any]:
-    return {"kind": spec.kind, "arguments": spec.arguments, "weights": spec.weights, "from": spec.stage}
+    model = {"kind": spec.kind, "arguments": spec.arguments, "weights": spec.weights, "from": spec.stage}
+    return model if spec.inherit is None else model | {"inherit": spec.inherit.model_dump()}
 
 
 def _stage(stage: TrainStage | OutputStage) -> dict[str, Any]:
@@ -126,9 +128,10 @@ def _show(document: dict[str, Any]) -> None:
     augment = ", ".join(data["augment"]) or "no augmentation"
     if data["strong_augment"]:
         augment += f"; beside it {', '.join(data['strong_augment'])}"
+    further = "".join(f", + {item['arguments'].get('count', '')} {item['kind']}" for item in data["expand"])
     lines = [
         ("valid", f"{plan['name']} ({plan['task']})"),
-        ("data", f"{data['kind']}, batch {data['batch_size']}, {labels}, {augment}"),
+        ("data", f"{data['kind']}, batch {data['batch_size']}, {labels}, {augment}{further}"),
         ("student", _model_text(plan["student"])),
         *(("teacher", _model_text(teacher)) for teacher in plan["teacher"]),
         *([("store", _store_text(plan))] if plan["teacher_cache"] else []),
@@ -146,6 +149,9 @@ def _show(document: dict[str, Any]) -> None:
 def _model_text(model: dict[str, Any]) -> str:
     origin = f" from {model['weights']}" if model["weights"] else ""
     origin += f" from stage {model['from']}" if model["from"] else ""
+    if "inherit" in model:
+        parts = "embeddings" if model["inherit"]["parts"] == "embeddings" else "weights"
+        origin += f" with {parts} of {model['inherit']['source'].replace('teacher', 'the teacher', 1)}"
     return model["kind"] + _arguments_text(model["arguments"]) + origin
 
 

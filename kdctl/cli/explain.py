@@ -19,8 +19,9 @@ from kdctl.errors import UsageError, did_you_mean
 
 _SECTION_GROUPS = {
     "student": "models", "teacher": "models", "losses": "losses", "method": "methods", "ensemble": "ensembles",
-    "data": "data", "augment": "augment", "transfer": "data", "task": "tasks", "optimizer": "optimizers",
-    "schedule": "schedules", "compress": "compressors", "export": "exporters", "loggers": "loggers",
+    "data": "data", "augment": "augment", "transfer": "data", "expand": "expansions", "task": "tasks",
+    "optimizer": "optimizers", "schedule": "schedules", "compress": "compressors", "export": "exporters",
+    "loggers": "loggers",
 }  # fmt: skip
 """Key of a component's section -> the group its kinds come from."""
 
@@ -56,7 +57,7 @@ def _components(name: str) -> list[registry.Component]:
     group, _, rest = name.partition(".")
     if group in registry.GROUPS and (rest in _names(group) or ":" in rest):
         return [registry.find(group, rest)]
-    if name.startswith(("torchvision:", "timm:")):
+    if name.startswith(("torchvision:", "timm:", "huggingface:")):
         return [registry.find("models", name)]
     if ":" in name:
         return [registry.find(_own_group(name), name)]

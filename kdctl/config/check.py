@@ -25,6 +25,7 @@ from kdctl.config.schema import (
     Distill,
     ExperimentFile,
     Group,
+    Inherit,
     ModelSpec,
     OutputStage,
     TeacherCache,
@@ -79,7 +80,9 @@ class _Check:
             if issubclass(site.model, Component):
                 self._component(site)
             if issubclass(site.model, ModelSpec):
-                self._weights(site)
+                self._weights(site, "weights", "pretrained")
+            if issubclass(site.model, Inherit):
+                self._weights(site, "source", "teacher")
             if issubclass(site.model, TeacherCache) and isinstance(site.value.get("dir"), str) and site.value["dir"]:
                 site.value["dir"] = self._absolute((*site.path, "dir"), site.value["dir"])
         file = self._schema(sites)
@@ -214,20 +217,21 @@ class _Check:
                 continue
             site.value[name] = self._absolute((*site.path, name), value)
             fetched = site.value.get("download") is True
-            if component.group == "data" and not fetched and not os.path.exists(site.value[name]):
+            if component.group in ("data", "expansions") and not fetched and not os.path.exists(site.value[name]):
                 hint = f"{key_text((*site.path, name))}=... names another place"
                 if "download" in registry.signature(component).arguments:
                     hint = f"{key_text((*site.path, 'download'))}=true fetches it, {hint}"
                 self._missing((*site.path, name), f"there is nothing at {site.value[name]}", hint)
 
-    def _weights(self, site: Site) -> None:
-        value = site.value.get("weights")
-        if not isinstance(value, str) or value in ("", "pretrained"):
+    def _weights(self, site: Site, key: str, word: str) -> None:
+        """Makes the path of weights absolute; `word` stands for weights without a path."""
+        value = site.value.get(key)
+        if not isinstance(value, str) or value in ("", word):
             return
-        path = site.value["weights"] = self._absolute((*site.path, "weights"), value)
+        path = site.value[key] = self._absolute((*site.path, key), value)
         if not os.path.exists(path) and not os.path.exists(path + ".safetensors"):
-            hint = "weights: a run directory, a weights file or `pretrained`"
-            self._missing((*site.path, "weights"), f"there are no weights at {path}", hint)
+            hint = f"{key}: a run directory, a weights file or `{word}`"
+            self._missing((*site.path, key), f"there are no weights at {path}", hint)
 
     def _missing(self, path: KeyPath, message: str, hint: str) -> None:
         if self.require_files:
@@ -276,7 +280,7 @@ def _at(data: Any, path: KeyPath) -> Any:
 
 def _without_weights(model: Any) -> dict[Any, Any]:
     taken = model if isinstance(model, dict) else {}
-    return {k: v for k, v in taken.items() if k not in ("weights", "from", "mapping")}
+    return {k: v for k, v in taken.items() if k not in ("weights", "from", "mapping", "inherit")}
 
 
 def _belongs(path: KeyPath) -> str | None:

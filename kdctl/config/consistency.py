@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kdctl import registry
+from kdctl.config.inheritance import check_inherit
 from kdctl.config.schema import (
     Component,
     ExperimentFile,
@@ -34,6 +35,7 @@ def check_consistency(file: ExperimentFile) -> Iterator[Finding]:
     """All that is wrong between sections that are each valid on their own."""
     yield from _check_normalize(("student",), file.student)
     yield from _check_losses(("losses",), file.losses or [])
+    yield from _check_links(file)
     if file.distill is not None and file.losses is not None:
         hint = "write its terms into losses: ce with weight 1 - alpha, kd with weight alpha"
         yield ("distill",), "`distill` is a shorthand for `losses`: give one of them", hint
@@ -59,6 +61,8 @@ def _teachers(path: KeyPath, given: TeacherSpec | list[TeacherSpec] | None) -> l
 
 def _check_teacher(path: KeyPath, spec: TeacherSpec, staged: bool) -> Iterator[Finding]:
     yield from _check_normalize(path, spec)
+    if spec.inherit is not None:
+        yield (*path, "inherit"), "a teacher inherits from nobody", "inherit is a key of the student"
     sources = {"weights": spec.weights, "from": spec.stage, "train": spec.train}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
@@ -115,6 +119,26 @@ def _check_losses(path: KeyPath, losses: Sequence[LossSpec]) -> Iterator[Finding
             yield (*path, index, "taps"), f"'{loss.kind}' takes no taps", "remove them"
 
 
+def _check_links(file: ExperimentFile) -> Iterator[Finding]:
+    """Terms on probabilities of another kind than the task has: softmax where a sample has several labels, say."""
+    link = _literal("tasks", file.task, "link", "softmax")
+    stages = [(i, stage) for i, stage in enumerate(file.stages or []) if isinstance(stage, TrainStage)]
+    places: list[tuple[KeyPath, Sequence[LossSpec]]] = [(("losses",), file.losses or [])]
+    places += [(("stages", index, "losses"), stage.losses) for index, stage in stages]
+    for path, spec in _teachers(("teacher",), file.teacher):
+        places.append(((*path, "train", "losses"), (spec.train.losses if spec.train else None) or []))
+    fitting = "binary_kd" if link == "sigmoid" else "logit_mse"
+    for path, losses in places:
+        for index, loss in enumerate(losses):
+            links = _attribute(loss, "links", None)
+            if links and link not in links and not loss.force:
+                message = f"'{loss.kind}' is meant for {' or '.join(links)}, and {file.task.kind} has {link} logits"
+                yield (*path, index), message, f"{fitting} is meant for it; force: true uses this one all the same"
+    if file.distill is not None and link != "softmax":
+        message = f"`distill` softens a softmax over classes, and {file.task.kind} has {link} logits"
+        yield ("distill",), message, f"losses: [{{kind: supervised}}, {{kind: {fitting}}}]"
+
+
 def _check_need(path: KeyPath, losses: Sequence[LossSpec], where: str) -> Iterator[Finding]:
     """Terms that need a teacher, where there is none."""
     for index, loss in enumerate(losses):
@@ -151,8 +175,12 @@ def teaches(method: Component | None) -> bool:
 
 def _attribute(loss: LossSpec, name: str, default: Any) -> Any:
     """A literal attribute of the term's class, read from its source; None where there is no such class."""
+    return _literal("losses", loss, name, default)
+
+
+def _literal(group: str, component: Component, name: str, default: Any) -> Any:
     try:
-        return registry.signature(registry.find("losses", loss.kind)).attributes.get(name, default)
+        return registry.signature(registry.find(group, component.kind)).attributes.get(name, default)
     except KdctlError:
         return None
 
@@ -167,6 +195,7 @@ def _check_shorthands(file: ExperimentFile) -> Iterator[Finding]:
                 yield ("distill",), "there is no teacher to distil from", _ADD_TEACHER
             yield from _check_need(("losses",), file.losses or [], "this experiment")
     given = file.teacher if isinstance(file.teacher, list) else [file.teacher] if file.teacher else []
+    yield from check_inherit(("student",), file.student, given, "this experiment")
     single = isinstance(file.teacher, TeacherSpec)
     made = [s.name or ("teacher" if single else f"teacher-{i + 1}") for i, s in enumerate(given) if s.train]
     names = Counter([*made, "student"])
@@ -294,6 +323,11 @@ def _check_train_stage(file: ExperimentFile, path: KeyPath, stage: TrainStage, e
             yield _unknown_stage(place, name, earlier)
     epochs = stage.epochs if "epochs" in stage.model_fields_set else file.train.epochs
     starts = stage.start == "fresh" or ("start" not in stage.model_fields_set and not earlier)
+    if stage.role != "teacher" and (starts or stage.student is not None):
+        own = (*path, "student") if stage.student is not None else ("student",)
+        teachers = [spec for _, spec in _teachers((), taken)]
+        start = None if starts or "start" not in stage.model_fields_set else stage.start
+        yield from check_inherit(own, stage.student or file.student, teachers, f"stage '{stage.name}'", start)
     if epochs == 0 and starts and not _has_weights(stage.student or file.student):
         yield (*path, "epochs"), "a student without weights has to be trained", _UNTRAINED
     yield from _check_losses((*path, "losses"), stage.losses)
@@ -331,6 +365,8 @@ def _references(path: KeyPath, stage: TrainStage, teachers: Any) -> Iterator[tup
 def _check_used(file: ExperimentFile, stages: Sequence[TrainStage]) -> Iterator[Finding]:
     """Values of the experiment that no stage takes, since each sets its own."""
     learners = [stage for stage in stages if stage.role != "teacher"]
+    if file.frozen is not None and all("frozen" in s.model_fields_set for s in stages if s.role == "student"):
+        yield _unused(("frozen",), "frozen", stages)
     for key in ("optimizer", "schedule", "method", "ensemble", "balance", "losses", "distill", "teacher"):
         takers = stages if key in ("optimizer", "schedule") else learners
         own = "losses" if key == "distill" else key

@@ -246,6 +246,9 @@ class _Expansion:
                 self.links[(*here, key)] = ("train", key)
         teachers = teacher if isinstance(teacher, list) else [] if teacher is None else [teacher]
         student = complete(student, "models")
+        start = self._start(stage, student)
+        if start != "fresh":  # it goes on with what an earlier stage made, from whatever that began with
+            student = student.model_copy(update={"inherit": None})
         done = [complete(spec, "models") for spec in teachers]
         method = complete(learners("method", file.method, _STAGE.method), "methods")
         self.stages.append(
@@ -260,8 +263,8 @@ class _Expansion:
                 losses=[complete(loss, "losses") for loss in self._losses(stage, bool(done) or teaches(method), here)],
                 optimizer=complete(take("optimizer", file.optimizer, _STAGE.optimizer), "optimizers"),
                 schedule=complete(take("schedule", file.schedule, _STAGE.schedule), "schedules"),
-                start=self._start(stage, student),
-                frozen=stage.frozen,
+                start=start,
+                frozen=take("frozen", file.frozen, []) if stage.role == "student" else stage.frozen,
                 data=_complete_stage_data(stage.data),
                 **{key: getattr(stage if key in given else file.train, key) for key in Keeping.model_fields},
                 **{key: getattr(stage, key) for key in Gates.model_fields},
@@ -357,6 +360,7 @@ def _complete_data(data: DataSpec) -> DataSpec:
             "augment": [complete(item, "augment") for item in data.augment],
             "strong_augment": [complete(item, "augment") for item in data.strong_augment],
             "transfer": [complete(item, "data") for item in data.transfer],
+            "expand": [complete(item, "expansions") for item in data.expand],
         }
     )
 

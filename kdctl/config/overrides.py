@@ -20,7 +20,7 @@ from kdctl.errors import ConfigError, KdctlError, MissingError, Problem, did_you
 
 LIST_GROUPS = {
     "losses": "losses", "augment": "augment", "strong_augment": "augment",
-    "transfer": "data", "compress": "compressors", "export": "exporters",
+    "transfer": "data", "expand": "expansions", "compress": "compressors", "export": "exporters",
     "teacher": "models", "loggers": "loggers",
 }  # fmt: skip
 """Lists whose items an override may name by kind: key of the list -> group of its components."""

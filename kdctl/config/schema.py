@@ -64,6 +64,7 @@ EnsembleSpec = Annotated[Component, Group("ensembles")]
 OptimizerSpec = Annotated[Component, Group("optimizers")]
 ScheduleSpec = Annotated[Component, Group("schedules")]
 AugmentSpec = Annotated[Component, Group("augment")]
+ExpansionSpec = Annotated[Component, Group("expansions")]
 SourceSpec = Annotated[Component, Group("data")]
 LoggerSpec = Annotated[Component, Group("loggers")]
 
@@ -98,6 +99,7 @@ class DataSpec(Component):
     )
     limit: PositiveInt | None = Field(None, description="use only this many training samples, by class")
     transfer: list[SourceSpec] = Field([], description="further sources whose train split is added without labels")
+    expand: list[ExpansionSpec] = Field([], description="further texts made of the training texts, without labels")
     workers: NonNegativeInt | Literal["auto"] = Field("auto", description="decoding processes, for data not in memory")
 
 
@@ -122,6 +124,26 @@ class Normalize(Section):
     std: list[Positive] = Field(min_length=1)
 
 
+class Inherit(Section):
+    """What a student takes over of a trained model before it trains: the weights of the same name, layer by layer."""
+
+    source: Literal["teacher"] | PathStr = Field(
+        "teacher", description="`teacher`, the stage's first one, or a run directory, weights file or encoder's folder"
+    )
+    parts: Literal["all", "embeddings"] = Field("all", description="every weight with a counterpart, or embeddings")
+    layers: list[NonNegativeInt] | None = Field(
+        None,
+        min_length=1,
+        description="the source's layer for each of the student's, from 0; left out: evenly spaced, first and last "
+        "among them (12 to 6: 0, 2, 4, 7, 9, 11)",
+    )
+    widths: Literal["svd", "truncate"] = Field(
+        "svd",
+        description="where the student is narrower. svd: hidden states projected to the directions in which the "
+        "embeddings of the training texts' tokens vary most; truncate: the first units",
+    )
+
+
 class ModelSpec(Component):
     """A model: kind, arguments of its class, and where its weights come from."""
 
@@ -131,6 +153,7 @@ class ModelSpec(Component):
     mapping: dict[str, str] = Field({}, description="names in a foreign weights file -> ours (`prefix.` maps prefixes)")
     normalize: Literal["data", "imagenet", "none"] | Normalize = Field("data", description="input normalisation")
     input_size: PositiveInt | None = Field(None, description="resize images to this many pixels a side first")
+    inherit: Inherit | None = Field(None, description="of a student: begin with weights of the teacher, cut to size")
 
 
 class TeacherTraining(Section):
@@ -178,6 +201,9 @@ class LossSpec(Component):
         1.0, description="a number, or {epoch: number} or {500 steps: number}, linear between"
     )
     taps: list[Tap | TapPair] = Field([], description="module paths; {student, teacher} where they differ")
+    force: bool = Field(
+        False, description="use it on logits it is not meant for: a softmax on several labels"
+    )
 
     @property
     def label(self) -> str:
@@ -330,6 +356,7 @@ class ExperimentFile(_Common):
     losses: list[LossSpec] | None = None
     optimizer: OptimizerSpec | None = None
     schedule: ScheduleSpec | None = None
+    frozen: list[str] | None = Field(None, description="module paths of the student that do not train")
     train: TrainSettings = TrainSettings()
     stages: list[Stage] | None = Field(None, description="the stages in full, instead of the shorthands")
     compress: list[Stage] = Field([], description="stages after training: prune, low_rank, finetune, quantize, export")

@@ -10,6 +10,7 @@ SOURCES = {
     "fashion_mnist": ("mnist:Mnist", "Fashion-MNIST, 70,000 grey images of 28x28", {"name": "fashion_mnist"}),
     "npz": ("npz:Npz", "your own arrays: x_train, y_train, x_test, y_test in one .npz file"),
     "text": ("text:Text", "your own texts with labels: .tsv, .csv or .jsonl files"),
+    "corpus": ("corpus:Corpus", "your own plain texts for language models: .txt or .jsonl files"),
     "image_folder": ("image_folder:ImageFolder", "image files in train/<class>/ and test/<class>/"),
 }
 

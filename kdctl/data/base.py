@@ -35,15 +35,29 @@ Shape = tuple[int, ...]
 _STATISTICS_SAMPLES = 512
 
 
+@dataclass
+class Posed:
+    """Samples as a model is asked about them. targets: what it should answer. keep: as of Batch."""
+
+    inputs: Tensor
+    targets: Tensor
+    keep: Tensor | None = None
+
+
 class Split:
     """Samples with their targets; what their inputs are is the subclass's: images, or token numbers.
 
-    targets: int64 (N,), IGNORE where there is no label. index: int64 (N,), each sample's number: what its augmentation
-    and stored teacher outputs are keyed by.
+    targets: of each sample its class, int64 (N,), or which of C classes it has, int64 (N, C) of 0 and 1, both IGNORE
+    where there is no label; or a number, float32 (N,), NaN where there is none. index: int64 (N,), each sample's
+    number: what its augmentation and stored teacher outputs are keyed by. head: what a model answers for: "sample",
+    or, of texts, "token", or "vocabulary": which token stands at each place.
     """
 
     targets: Tensor
     index: Tensor
+    head: str = "sample"
+    drawn: bool = False
+    """Whether what is asked about is drawn, other parts in each view."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -64,6 +78,20 @@ class Split:
     def labelled(self, targets: Tensor, index: Tensor | None = None) -> Split:
         """The same inputs with other targets, and other numbers where given."""
         raise NotImplementedError
+
+    @property
+    def strata(self) -> Tensor:
+        """int64 (N,): the class in whose proportion samples are drawn, IGNORE for those without a label.
+
+        All labelled samples are of one where their targets are no classes.
+        """
+        if self.targets.ndim == 1 and not self.targets.is_floating_point():
+            return self.targets
+        return torch.where(has_label(self.targets), 0, IGNORE)
+
+    def posed(self, rows: Tensor, inputs: Tensor, view: Tensor) -> Posed:
+        """The samples at these rows, with their inputs (n, ...) and views (n,), as a model is asked about them."""
+        return Posed(inputs, self.targets[rows])
 
     def fingerprint(self) -> str:
         """SHA-256 over inputs and targets."""
@@ -299,9 +327,23 @@ def _described(tensor: Tensor) -> str:
 
 
 def check_targets(targets: Tensor, count: int) -> None:
-    """Raises ConfigError for targets that are not int64 (count,)."""
-    if targets.dtype != torch.int64 or targets.shape != (count,):
-        raise ConfigError(f"targets must be int64 of shape ({count},); got {_described(targets)}")
+    """Raises ConfigError for targets that are neither int64 (count,) or (count, C) nor float32 (count,)."""
+    shapes = {torch.int64: (1, 2), torch.float32: (1,)}
+    if len(targets) != count or targets.ndim not in shapes.get(targets.dtype, ()):
+        allowed = f"int64 of shape ({count},) or ({count}, classes), or float32 of shape ({count},)"
+        raise ConfigError(f"targets must be {allowed}; got {_described(targets)}")
+
+
+def has_label(targets: Tensor) -> Tensor:
+    """(N,) bool: which of some targets, of any kind that Split names, are there."""
+    if targets.is_floating_point():
+        return ~targets.isnan()
+    return (targets if targets.ndim == 1 else targets[:, 0]) != IGNORE
+
+
+def without_labels(targets: Tensor) -> Tensor:
+    """Targets of the same kind of which none is there."""
+    return torch.full_like(targets, float("nan") if targets.is_floating_point() else IGNORE)
 
 
 def _check_split(name: str, split: Any, shape: Shape, num_classes: int) -> None:
@@ -312,8 +354,14 @@ def _check_split(name: str, split: Any, shape: Shape, num_classes: int) -> None:
         raise ConfigError(f"the {name} split has no samples")
     if tuple(split.input_shape) != tuple(shape):
         raise ConfigError(f"inputs of the {name} split have shape {split.input_shape}, those of train {shape}")
-    wrong = split.targets[((split.targets < 0) & (split.targets != IGNORE)) | (split.targets >= num_classes)]
+    targets = split.targets
+    if targets.ndim == 2 and targets.shape[1] != num_classes:
+        raise ConfigError(f"the {name} split has targets of {targets.shape[1]} classes, and there are {num_classes}")
+    if targets.is_floating_point() or split.head != "sample":
+        return
+    largest = num_classes - 1 if targets.ndim == 1 else 1
+    wrong = targets[((targets < 0) & (targets != IGNORE)) | (targets > largest)]
     if len(wrong):
         raise ConfigError(
-            f"the {name} split has the target {int(wrong[0])}; allowed: 0..{num_classes - 1}, {IGNORE} for no label"
+            f"the {name} split has the target {int(wrong[0])}; allowed: 0..{largest}, {IGNORE} for no label"
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-AUGMENT, ORDER, OFFSET, SPLIT, CORRUPTION = 1, 2, 3, 4, 5
+AUGMENT, ORDER, OFFSET, SPLIT, CORRUPTION, HIDE, SAMPLE, EXPAND = 1, 2, 3, 4, 5, 6, 7, 8
 """First keys: what a hash is for, so that equal seeds of different uses never meet."""
 
 _WORD = 1 << 64

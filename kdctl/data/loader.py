@@ -60,7 +60,11 @@ class TrainLoader:
         if strong is not None and strong.output_shape(split.input_shape) != self.input_shape:
             message = f"strong images have shape {strong.output_shape(split.input_shape)}, others {self.input_shape}"
             raise ConfigError(Problem(message, key="data.strong_augment"))
-        self.views = Views(views, augment.seed, augment.num_choices(split.input_shape))
+        if split.drawn and views == "all":
+            message = "'all' needs finitely many views, and which tokens are hidden is drawn in each"
+            raise ConfigError(Problem(message, key="data.views", hint="use views: fresh, or a number of views"))
+        choices = None if split.drawn else augment.num_choices(split.input_shape)
+        self.views = Views(views, augment.seed, choices)
         self.order_seed = order_seed
         self.workers = workers
         self._ranks = ranks.current()
@@ -95,19 +99,20 @@ class TrainLoader:
 
     def few(self, count: int) -> Batch:
         """A batch of at most `count` samples as epoch 0 shows them, labelled ones where there are any."""
-        order = torch.argsort((self.split.targets == IGNORE).to(torch.int8), stable=True)[:count]
+        order = torch.argsort((self.split.strata == IGNORE).to(torch.int8), stable=True)[:count]
         return self._batch(order, self.split.fetch(order), 0)
 
     def _batch(self, rows: Tensor, images: Tensor, epoch: int) -> Batch:
         index = self.split.index[rows].to(self.device, non_blocking=True)
         view = self.views.at(epoch, index)
-        images = images.to(self.device, non_blocking=True)
+        posed = self.split.posed(rows, images.to(self.device, non_blocking=True), view)
+        images = posed.inputs
         strong = None if self.strong is None else as_inputs(self.strong(images, index, view, stream=1))
         extra = self.split.extra(images)
         images = self.augment(images, index, view)
-        targets = self.split.targets[rows].to(self.device, non_blocking=True)
+        targets = posed.targets.to(self.device, non_blocking=True)
         turn = self.views.turn(epoch)
-        return Batch(as_inputs(images), targets, index, view, turn=turn, strong=strong, extra=extra)
+        return Batch(as_inputs(images), targets, index, view, posed.keep, turn=turn, strong=strong, extra=extra)
 
 
 def clean_batches(
@@ -123,9 +128,10 @@ def clean_batches(
     for part, inputs in _fetched(split, rows, num_workers(workers, split, device)):
         index = split.index[part].to(device)
         view = torch.full_like(index, CLEAN)
-        given = as_inputs(inputs.to(device))
+        posed = split.posed(part, inputs.to(device), view)
+        given = as_inputs(posed.inputs)
         extra = split.extra(given)
-        yield Batch(given, split.targets[part].to(device), index, view, split=name, extra=extra)
+        yield Batch(given, posed.targets.to(device), index, view, posed.keep, split=name, extra=extra)
 
 
 def as_inputs(fetched: Tensor) -> Tensor:

@@ -18,11 +18,20 @@ from torch import Tensor
 from kdctl import registry
 from kdctl.config.schema import Component, DataSpec, StageData
 from kdctl.data import counter
-from kdctl.data.base import Dataset, Shape, Split, joined
+from kdctl.data.base import Dataset, Shape, Split, joined, without_labels
+from kdctl.data.expansions.base import further_texts
 from kdctl.errors import ConfigError, MissingError, Problem
 from kdctl.signals import IGNORE, TokenInput
 
 Labels = int | Literal["all"]
+_TARGETS = {
+    "classes": "several classes a sample",
+    "number": "a number a sample",
+    "tags": "a class of each word",
+    "next": "the next token of texts",
+    "hidden": "hidden tokens of texts",
+}
+"""What a task learns, in words."""
 
 
 @dataclass
@@ -54,6 +63,11 @@ class Data:
         return getattr(self.whole, "tokens", None)
 
     @property
+    def head(self) -> str:
+        """What a model answers for: each sample, each token of a text, or its vocabulary at each token."""
+        return self.whole.head
+
+    @property
     def index_size(self) -> int:
         """How many sample numbers there are: every `index` of train is below it."""
         return len(self.whole)
@@ -68,6 +82,8 @@ class Data:
     def class_counts(self) -> list[int]:
         """How many training samples of each class have their label."""
         targets = self.train.targets
+        if targets.ndim == 2:
+            return targets.clamp_min(0).sum(0).tolist()
         return torch.bincount(targets[targets != IGNORE], minlength=len(self.class_names)).tolist()
 
     def for_stage(self, stage: StageData | None = None) -> Data:
@@ -90,21 +106,24 @@ class Data:
         return self._fingerprint[0]
 
 
-def prepare(spec: DataSpec, base: Path | None = None) -> Data:
-    """Loads the source that `spec` names and makes the splits of it.
+def prepare(spec: DataSpec, base: Path | None = None, target: str = "class") -> Data:
+    """Loads the source that `spec` names and makes the splits of it. target: of what kind (tasks.base.Task.target).
 
     A source's own validation split is used as it is; otherwise `val_fraction` of the labelled training samples is
     held out, each class in proportion. base: where a user's own file is looked for.
     """
-    return split_dataset(_load(spec.kind, spec.arguments, base, "data"), spec, base)
+    return split_dataset(_load(spec, base, "data", target), spec, base, target)
 
 
-def split_dataset(dataset: Dataset, spec: DataSpec, base: Path | None = None) -> Data:
+def split_dataset(dataset: Dataset, spec: DataSpec, base: Path | None = None, target: str = "class") -> Data:
     """The splits of a loaded data set, as `spec` asks for them."""
     train, val = dataset.train, dataset.val
     if val is None and spec.val_fraction > 0:
         train, val = _carved(train, spec.val_fraction, spec.split_seed)
-    whole = _with_transfer(train, spec.transfer, base)
+    whole = _with_transfer(train, spec.transfer, base, target)
+    if spec.expand:
+        further = further_texts(train, whole, spec.expand, spec.split_seed, dataset.tokenizer, base)
+        whole = _numbered(joined([whole, *further]))
     data = Data(
         whole, _renumbered(val), _renumbered(dataset.test), list(dataset.class_names), dataset.input_shape,
         dataset.mean, dataset.std, whole, spec.limit, spec.labels_per_class, spec.split_seed, dataset.tokenizer,
@@ -112,24 +131,28 @@ def split_dataset(dataset: Dataset, spec: DataSpec, base: Path | None = None) ->
     return data.for_stage()
 
 
-def _load(kind: str, arguments: dict[str, object], base: Path | None, key: str) -> Dataset:
-    source = registry.create("data", kind, arguments, base=base)
-    dataset = source.load()
+def _load(spec: Component, base: Path | None, key: str, target: str) -> Dataset:
+    takes = "target" in registry.signature(registry.find("data", spec.kind, base)).parameters
+    given = {"target": target} if takes else {}
+    if not takes and target != "class":
+        message = f"the task learns {_TARGETS[target]}, and {spec.kind} has one class a sample"
+        raise ConfigError(Problem(message, key=f"{key}.kind", hint="task: {kind: classification}, or other data"))
+    dataset = registry.create("data", spec.kind, spec.arguments, base=base, **given).load()
     if not isinstance(dataset, Dataset):
-        message = f"load() of {kind} gave {type(dataset).__name__}, expected kdctl.data.base.Dataset"
+        message = f"load() of {spec.kind} gave {type(dataset).__name__}, expected kdctl.data.base.Dataset"
         raise ConfigError(Problem(message, key=key))
     return dataset
 
 
-def _with_transfer(train: Split, transfer: list[Component], base: Path | None) -> Split:
+def _with_transfer(train: Split, transfer: list[Component], base: Path | None, target: str) -> Split:
     splits = [train]
     for number, component in enumerate(transfer):
         key = f"data.transfer.{number}"
-        added = _load(component.kind, component.arguments, base, key).train
+        added = _load(component, base, key, target).train
         if tuple(added.input_shape) != tuple(train.input_shape):
             message = f"images of {component.kind} have shape {added.input_shape}, the data's {train.input_shape}"
             raise ConfigError(Problem(message, key=key, hint="transfer data must have the shape of the data"))
-        splits.append(added.labelled(torch.full_like(added.targets, IGNORE)))
+        splits.append(added.labelled(without_labels(added.targets)))
     return _numbered(joined(splits))
 
 
@@ -146,8 +169,9 @@ def _renumbered(split: Split | None) -> Split | None:
 
 def _carved(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """Train without, and with only, `fraction` of its labelled samples, each class in proportion."""
-    order = stratified(train.targets, seed)
-    order = order[train.targets[order] != IGNORE]
+    strata = train.strata
+    order = stratified(strata, seed)
+    order = order[strata[order] != IGNORE]
     held = torch.zeros(len(train), dtype=torch.bool)
     held[order[: round(fraction * len(order))]] = True
     if not bool(held.any()) or bool(held.all()):
@@ -160,7 +184,7 @@ def _limited(whole: Split, limit: int | None, seed: int) -> Split:
     """`limit` samples, each class (and the unlabelled ones) in proportion; a larger limit contains a smaller one."""
     if limit is None or limit >= len(whole):
         return whole
-    return whole.subset(stratified(whole.targets, seed)[:limit].sort().values)
+    return whole.subset(stratified(whole.strata, seed)[:limit].sort().values)
 
 
 def _withheld(train: Split, whole: Split, labels: Labels, seed: int) -> Split:
@@ -171,6 +195,11 @@ def _withheld(train: Split, whole: Split, labels: Labels, seed: int) -> Split:
     """
     if labels == "all":
         return train
+    if whole.targets.ndim > 1 or whole.targets.is_floating_point() or whole.head != "sample":
+        message = "labels are kept by class, and samples of this task have none"
+        raise ConfigError(
+            Problem(message, key="data.labels_per_class", hint="leave it out; data.limit takes fewer samples")
+        )
     counts = torch.bincount(whole.targets[whole.targets != IGNORE])
     if not len(counts) or labels > int(counts.max()):
         largest = int(counts.max()) if len(counts) else 0

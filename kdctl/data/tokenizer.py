@@ -16,8 +16,11 @@ from kdctl.errors import ConfigError, MissingError, Problem
 from kdctl.signals import TokenInput
 
 FILE = "tokenizer.json"
-_PAD, _FIRST, _SEPARATOR, _MASK = ("[PAD]", "<pad>"), ("[CLS]", "<s>"), ("[SEP]", "</s>"), ("[MASK]", "<mask>")
+_PAD = ("[PAD]", "<pad>", "<|endoftext|>", "<|end_of_text|>")
+"""The last two end texts in tokenizers that have no padding; none stands within a text."""
+_FIRST, _SEPARATOR, _MASK = ("[CLS]", "<s>"), ("[SEP]", "</s>"), ("[MASK]", "<mask>")
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_UNKNOWN = "<unk>"
 _SIGNS = 1000
 """Of how many different signs a tokenizer is made; rarer ones are unknown to it, as in BERT's."""
 
@@ -44,8 +47,40 @@ class Tokenizer:
         return cls(file.read_text(encoding="utf-8"), str(file))
 
     @classmethod
-    def trained(cls, texts: Sequence[str], vocab_size: int) -> Tokenizer:
-        """WordPiece over lower-case words, trained on these texts (Schuster & Nakajima, ICASSP 2012; as in BERT)."""
+    def trained(cls, texts: Sequence[str], vocab_size: int, kind: str = "wordpiece") -> Tokenizer:
+        """A tokenizer of at most `vocab_size` tokens, trained on these texts.
+
+        kind: `wordpiece` over lower-case words, as in BERT (Schuster & Nakajima, ICASSP 2012); `bpe` over bytes, as in
+        GPT-2 (Sennrich et al., ACL 2016), which loses nothing; `characters`, all that there are.
+        """
+        make = {"wordpiece": cls._wordpiece, "bpe": cls._bpe, "characters": cls._characters}[kind]
+        return make(texts, vocab_size)
+
+    @classmethod
+    def _characters(cls, texts: Sequence[str], vocab_size: int) -> Tokenizer:
+        library = _library()
+        signs = [_PAD[1], _UNKNOWN, *sorted(set().union(*texts))]
+        model = library.models.WordLevel({sign: number for number, sign in enumerate(signs)}, unk_token=_UNKNOWN)
+        made = library.Tokenizer(model)
+        made.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(r"[\s\S]"), "isolated")
+        made.decoder = library.decoders.Fuse()
+        return cls(made.to_str())
+
+    @classmethod
+    def _bpe(cls, texts: Sequence[str], vocab_size: int) -> Tokenizer:
+        library = _library()
+        made = library.Tokenizer(library.models.BPE())
+        made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = library.decoders.ByteLevel()
+        signs = library.pre_tokenizers.ByteLevel.alphabet()
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[_PAD[1]], initial_alphabet=sorted(signs), show_progress=False
+        )
+        made.train_from_iterator(texts, trainer)
+        return cls(made.to_str())
+
+    @classmethod
+    def _wordpiece(cls, texts: Sequence[str], vocab_size: int) -> Tokenizer:
         library = _library()
         made = library.Tokenizer(library.models.WordPiece(unk_token="[UNK]"))
         made.normalizer = library.normalizers.BertNormalizer(lowercase=True)
@@ -87,6 +122,34 @@ class Tokenizer:
         self._tokenizer.enable_truncation(length)
         inputs = list(texts) if seconds is None else list(zip(texts, seconds, strict=True))
         return [encoded.ids for encoded in self._tokenizer.encode_batch(inputs)]
+
+    def encode_words(self, texts: Sequence[Sequence[str]], length: int) -> list[tuple[list[int], list[int]]]:
+        """The numbers of each list of words, as `encode` has them, and which word each of them begins: -1 for none."""
+        self._tokenizer.enable_truncation(length)
+        found = []
+        for encoded in self._tokenizer.encode_batch([list(text) for text in texts], is_pretokenized=True):
+            words = [-1 if word is None else word for word in encoded.word_ids]
+            begun = [-1 if word == before else word for before, word in zip([-1, *words], words, strict=False)]
+            found.append((encoded.ids, begun))
+        return found
+
+    def special_count(self, pairs: bool) -> int:
+        """How many special tokens it adds to a text, or to a pair of texts."""
+        return int(self._tokenizer.num_special_tokens_to_add(pairs))
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The numbers of a text of any length, without special ones."""
+        self._tokenizer.no_truncation()
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, numbers: Sequence[int]) -> str:
+        """The text of some numbers, special ones left out."""
+        return self._tokenizer.decode(list(numbers))
+
+    def vocabulary(self) -> list[str]:
+        """The tokens in the order of their numbers."""
+        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return [self._tokenizer.id_to_token(number) or f"<{number}>" for number in range(size)]
 
 
 def _alphabet(tokenizer: Any, texts: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -83,6 +83,11 @@ LOSSES = {
     "hidden_mse": ("hidden_mse:HiddenMSE", "squared distance of hidden states (Jiao et al., EMNLP 2020)"),
     "cosine": ("cosine:Cosine", "cosine distance of hidden states (Sanh et al., 2019)"),
     "attention_mse": ("attention_mse:AttentionMSE", "squared distance of attention scores (Jiao et al., EMNLP 2020)"),
+    "attention_kl": ("attention_kl:AttentionKL", "KL of what each token looks at (Wang et al., NeurIPS 2020)"),
+    "token_relations": (
+        "token_relations:TokenRelations",
+        "KL of relations between the tokens of a text: MiniLMv2 (Wang et al., ACL Findings 2021)",
+    ),
     "pkd": ("pkd:PKD", "squared distance of normalised first-token states (Patient-KD, Sun et al., EMNLP 2019)"),
     "text_nst": ("text_nst:TextNST", "similarity of tokens within a sequence (TextBrewer, 2020)"),
     "text_fsp": ("text_fsp:TextFSP", "flow between two layers of hidden states (TextBrewer, 2020)"),
@@ -102,4 +107,5 @@ ALIASES = {
     "bkd": "balanced_kd",
     "mld": "binary_kd",
     "patient_kd": "pkd",
+    "minilmv2": "token_relations",
 }

@@ -46,7 +46,7 @@ class Loss(nn.Module):
     """Whether it looks at the teacher's logits; one that compares features alone does not."""
     batchwise: ClassVar[bool] = False
     """Defined on a batch as a whole (relations, contrast): micro-batches would change it."""
-    links: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")
+    links: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid", "identity")
     """The kinds of logits it is meant for."""
 
     sees_members: ClassVar[bool] = False

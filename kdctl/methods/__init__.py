@@ -10,7 +10,8 @@ METHODS = {
     "few_sample": ("few_sample:FewSample", "layers aligned by least squares on a few samples (Li et al., CVPR 2020)"),
     "qat": ("qat:QAT", "weights and inputs rounded in training, steps learned (Esser et al., ICLR 2020)"),
     "sparse": ("sparse:Sparse", "more and more weights become zero and stay zero (Zhu & Gupta, 2018)"),
+    "on_policy": ("on_policy:OnPolicy", "language models learn on texts that the student writes (GKD, ICLR 2024)"),
     "dot": ("dot:DOT", "a momentum of its own for the teacher's gradient (Zhao et al., ICCV 2023)"),
 }
 
-ALIASES = {"dml": "mutual", "fskd": "few_sample"}
+ALIASES = {"dml": "mutual", "gkd": "on_policy", "fskd": "few_sample"}

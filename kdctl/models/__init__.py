@@ -1,6 +1,7 @@
 """The table of models: kind -> (target, summary, preset arguments). Nothing here imports torch.
 
-A kind may also be `torchvision:NAME`, `timm:NAME`, `package.module:Class` or `./my_file.py:Class`.
+A kind may also be `torchvision:NAME`, `timm:NAME`, `huggingface:NAME_OR_FOLDER`, `package.module:Class` or
+`./my_file.py:Class`.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ MODELS: dict[str, tuple[str, str] | tuple[str, str, dict[str, Any]]] = {
     "lenet5": ("small:LeNet5", "LeNet-5 for digits of 28x28 pixels, of any width, with or without batch norm"),
     "mlp": ("small:MLP", "multilayer perceptron over the flattened image"),
     "tiny_transformer": ("tiny_transformer:TinyTransformer", "small vision transformer over patches of small images"),
+    "gpt": ("gpt:GPT", "a decoder for texts of any depth and width: language models"),
     "bert": ("bert:Bert", "BERT for texts, of any size; published encoders load into it"),
     "reused_head": ("reused_head:ReusedHead", "the first part of a net under another's classifier (what simkd ships)"),
 }

@@ -8,7 +8,7 @@ Taps, for layer i:
     bert.encoder.layer.<i>.attention.self.softmax:in    the same before the softmax
     bert.encoder.layer.<i>.intermediate                 the hidden layer of its perceptron, after the GELU
     bert.pooler                                         the text's embedding, (N, D)
-    classifier                                          the logits
+    classifier, cls                                     the logits
 """
 
 from __future__ import annotations
@@ -24,6 +24,26 @@ from kdctl.errors import ConfigError, Problem
 
 _HIDDEN = -1e9
 """What is added to the score of a position that nobody may look at."""
+
+
+class _Packing:
+    """Where the tokens of a padded batch are: layers work on the T tokens (T, D) alone, attention on the batch (N, L, D).
+
+    mask: (N, L), 0 for padding.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.shape = mask.shape
+        self.places = mask.flatten().nonzero().squeeze(1)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(N, L, D) to (T, D)."""
+        return x.flatten(0, 1).index_select(0, self.places)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(T, D) to (N, L, D), zero where there is padding."""
+        padded = x.new_zeros(self.shape.numel(), x.shape[1]).index_copy(0, self.places, x)
+        return padded.view(*self.shape, -1)
 
 
 class _Embeddings(nn.Module):
@@ -54,15 +74,19 @@ class _SelfAttention(nn.Module):
         self.softmax = nn.Softmax(-1)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        queries, keys, values = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
+    def forward(self, x: Tensor, bias: Tensor | None, packing: _Packing | None = None) -> Tensor:
+        parts = (layer(x) for layer in (self.query, self.key, self.value))
+        queries, keys, values = (self._heads(part if packing is None else packing.pad(part)) for part in parts)
         if self.softmax._forward_hooks or self.softmax._forward_pre_hooks:
-            scores = torch.matmul(queries * queries.shape[-1] ** -0.5, keys.transpose(-2, -1)) + bias
+            scores = torch.matmul(queries * queries.shape[-1] ** -0.5, keys.transpose(-2, -1))
+            scores = scores if bias is None else scores + bias
             mixed = torch.matmul(self.dropout(self.softmax(scores)), values)
         else:
             share = self.dropout.p if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(queries, keys, values, bias.to(queries.dtype), share)
-        return mixed.transpose(1, 2).flatten(2)
+            bias = None if bias is None else bias.to(queries.dtype)
+            mixed = F.scaled_dot_product_attention(queries, keys, values, bias, share)
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return mixed if packing is None else packing.pack(mixed)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(N, L, heads * d) to (N, heads, L, d)."""
@@ -88,8 +112,8 @@ class _Attention(nn.Module):
         self.self = _SelfAttention(width, heads, dropout)
         self.output = _Output(width, width, dropout)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.output(self.self(x, bias), x)
+    def forward(self, x: Tensor, bias: Tensor | None, packing: _Packing | None = None) -> Tensor:
+        return self.output(self.self(x, bias, packing), x)
 
 
 class _Intermediate(nn.Module):
@@ -110,8 +134,9 @@ class _Layer(nn.Module):
         self.intermediate = _Intermediate(width, hidden)
         self.output = _Output(hidden, width, dropout)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        seen = self.attention(x, bias)
+    def forward(self, x: Tensor, bias: Tensor | None, packing: _Packing | None = None) -> Tensor:
+        """x: (N, L, D), or the tokens (T, D) of a packing."""
+        seen = self.attention(x, bias, packing)
         return self.output(self.intermediate(seen), seen)
 
 
@@ -120,10 +145,19 @@ class _Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(_Layer(width, heads, hidden, dropout) for _ in range(depth))
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, packing: _Packing | None = None) -> Tensor:
+        """A layer that is tapped, or in which something is, gets the batch as it is: taps are (N, L, D)."""
+        if packing is None:
+            for layer in self.layer:
+                x = layer(x, bias)
+            return x
+        packed = False
         for layer in self.layer:
-            x = layer(x, bias)
-        return x
+            tapped = _is_tapped(layer)
+            if tapped == packed:
+                x, packed = (packing.pad(x) if packed else packing.pack(x)), not packed
+            x = layer(x, bias) if tapped else layer(x, bias, packing)
+        return packing.pad(x) if packed else x
 
 
 class _Pooler(nn.Module):
@@ -144,18 +178,43 @@ class _Pooler(nn.Module):
 
 
 class _Bert(nn.Module):
-    def __init__(self, embeddings: _Embeddings, encoder: _Encoder, pooler: _Pooler) -> None:
+    """The encoder: the embedding of a text, or without a pooler the hidden states of its tokens."""
+
+    def __init__(self, embeddings: _Embeddings, encoder: _Encoder, pooler: _Pooler | None) -> None:
         super().__init__()
         self.embeddings, self.encoder, self.pooler = embeddings, encoder, pooler
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         x = self.embeddings(input_ids, token_type_ids)
-        bias = (1 - attention_mask[:, None, None, :].to(x.dtype)) * _HIDDEN
-        return self.pooler(self.encoder(x, bias), attention_mask)
+        bias: Tensor | None = (1 - attention_mask[:, None, None, :].to(x.dtype)) * _HIDDEN
+        packing = None
+        if _may_look(attention_mask):
+            padded = not bool(attention_mask.all())
+            bias, packing = (bias, _Packing(attention_mask)) if padded else (None, None)
+        x = self.encoder(x, bias, packing)
+        return x if self.pooler is None else self.pooler(x, attention_mask)
+
+
+class _Vocabulary(nn.Module):
+    """Which token a hidden state stands for: BERT's head of masked language models, tied to the embeddings."""
+
+    def __init__(self, width: int, embedded: int, vocab_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, embedded)
+        self.LayerNorm = nn.LayerNorm(embedded, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        """Logits (N, L, V) of hidden states (N, L, D) by the embeddings of the tokens (V, E)."""
+        return F.linear(self.LayerNorm(F.gelu(self.dense(x))), words, self.bias)
 
 
 class Bert(nn.Module):
     """BERT with a classifier on its pooled output; the defaults are a student of 4.4 M parameters (vocabulary 30,522).
+
+    Where the task asks about each token, the classifier is on each hidden state; where it asks which token that is,
+    it is BERT's own: a layer, a GELU and a normalisation, then the embeddings of the tokens themselves. Attention is to
+    both sides: for the token that comes next, `kind: gpt`.
 
     Weights of published BERT encoders load as they are (`weights: FOLDER` with a model.safetensors): what such a file
     has not, as a rule the classifier and sometimes the pooler, keeps its initial values.
@@ -183,6 +242,7 @@ class Bert(nn.Module):
         vocab_size: int,
         max_length: int,
         pad: int = 0,
+        head: str = "sample",
     ) -> None:
         super().__init__()
         if width % heads:
@@ -194,10 +254,13 @@ class Bert(nn.Module):
         self.bert = _Bert(
             _Embeddings(vocab_size, positions or max_length, width, embedding, dropout),
             _Encoder(depth, width, heads, hidden or 4 * width, dropout),
-            _Pooler(width, pooling),
+            _Pooler(width, pooling) if head == "sample" else None,
         )
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(width, num_classes)
+        if head == "vocabulary":
+            self.cls = _Vocabulary(width, embedding or width, vocab_size)
+        else:
+            self.dropout = nn.Dropout(dropout)
+            self.classifier = nn.Linear(width, num_classes)
         self._initialise(pad)
 
     def _initialise(self, pad: int) -> None:
@@ -211,18 +274,38 @@ class Bert(nn.Module):
             self.bert.embeddings.word_embeddings.weight[pad] = 0
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        return self.classifier(self.dropout(self.bert(input_ids, attention_mask, token_type_ids)))
+        seen = self.bert(input_ids, attention_mask, token_type_ids)
+        if hasattr(self, "cls"):
+            return self.cls(seen, self.bert.embeddings.word_embeddings.weight)
+        return self.classifier(self.dropout(seen))
 
     def adopt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a published encoder's file under the names of this net, completed by those that it lacks."""
         own = self.state_dict()
         if not any(name.startswith("bert.") for name in state):
             state = {f"bert.{name}": value for name, value in state.items()}
+        state = {_own_name(name): value for name, value in state.items()}
         known = {name: value for name, value in state.items() if name in own or not _is_of_pretraining(name)}
-        fresh = {n: v for n, v in own.items() if n.startswith(("classifier.", "bert.pooler.")) and n not in known}
+        new = ("classifier.", "bert.pooler.", "cls.")
+        fresh = {n: v for n, v in own.items() if n.startswith(new) and n not in known}
         return known | fresh
 
 
+def _own_name(name: str) -> str:
+    """The name here of a tensor of a published masked language model."""
+    return name.replace("cls.predictions.transform.", "cls.").replace("cls.predictions.bias", "cls.bias")
+
+
+def _may_look(mask: Tensor) -> bool:
+    """Whether the way through the net may depend on what is padding: not in an exported net, nor where the host would
+    wait for the device."""
+    return mask.device.type == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+
+def _is_tapped(module: nn.Module) -> bool:
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
 def _is_of_pretraining(name: str) -> bool:
-    """Heads of pretraining and constants, which a classifier has no use for."""
-    return name.endswith(".position_ids") or "cls." in name or name.startswith("bert.classifier.")
+    """Constants, and heads that a net of another task has no use for."""
+    return name.endswith(".position_ids") or "cls." in name or name.startswith(("bert.classifier.", "bert.pooler."))

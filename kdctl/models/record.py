@@ -55,6 +55,8 @@ class ModelRecord:
     class_order: list[int] | None = None
     """For each class of the data the net's own number of it, -1 where it has none; None where they are the same."""
     tokens: TokenInput | None = None
+    head: str = "sample"
+    """What the model answers for: "sample", or of texts "token", or "vocabulary", which token stands at each place."""
     structure: list[dict[str, Any]] | None = None
     """What compression changed of the net that the class builds (models/structure.py), in order."""
 
@@ -99,6 +101,8 @@ class ModelRecord:
         for name in ("structure", "tokens"):
             if document[name] is None:
                 del document[name]
+        if self.head == "sample":
+            del document["head"]
         return document
 
     @classmethod
@@ -140,7 +144,8 @@ class Model(nn.Module):
         self.record = record
         self.base = base
         """Where a relative file in the record's kind is read from."""
-        self._segments = record.tokens is not None and "token_type_ids" in inspect.signature(net.forward).parameters
+        reads = record.tokens is not None and getattr(net, "reads_segments", True)
+        self._segments = reads and "token_type_ids" in inspect.signature(net.forward).parameters
         for name in ("mean", "std"):
             values = None if record.normalize is None else _channels(record, name)
             self.register_buffer(name, values, persistent=False)
@@ -193,9 +198,8 @@ def _channels(record: ModelRecord, name: str) -> Tensor:
 def build_model(record: ModelRecord, base: Path | None = None) -> Model:
     """A freshly initialised model of the record's kind; `base` is where a relative `./file.py:Class` is read from.
 
-    The class gets those of num_classes, in_channels and image_shape (C, H, W), of texts vocab_size, max_length and pad,
-    that its signature names. Raises
-    ConfigError where there is no such kind or it does not take the arguments.
+    The class gets those of num_classes, in_channels and image_shape (C, H, W), of texts vocab_size, max_length, pad and
+    head, that its signature names. Raises ConfigError where there is no such kind or it does not take the arguments.
     """
     offered: dict[str, Any] = {"num_classes": record.num_classes}
     if record.tokens is None:
@@ -204,11 +208,13 @@ def build_model(record: ModelRecord, base: Path | None = None) -> Model:
     else:
         tokens = record.tokens
         offered |= {"vocab_size": tokens.vocab_size, "max_length": tokens.length, "pad": tokens.pad}
+        offered["head"] = record.head
     component = registry.find("models", record.kind, base)
     named = {*registry.signature(component).parameters, *inspect.signature(registry.load(component)).parameters}
     given = {name: value for name, value in offered.items() if name in named}
     net = registry.create("models", record.kind, record.arguments, base, **given)
     structure.apply(net, record.structure or [])
+    record = dataclasses.replace(record, arguments={**record.arguments, **getattr(net, "own_arguments", {})})
     return Model(net, record, base)
 
 

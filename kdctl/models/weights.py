@@ -27,8 +27,8 @@ def load_weights(net: nn.Module, path: Path | Literal["pretrained"], mapping: Ma
     """Loads a weights file into a net, in place; every tensor of the net must be there and nothing else.
 
     path: `.safetensors`, a file of torch.save (`.pth`, `.th`, `.pt`, ...), a run directory (its student), or
-    `pretrained` for the published weights of a torchvision or timm net. State dicts inside wrappers (`state_dict: ...`)
-    and names behind prefixes (`module.`) are found.
+    `pretrained` for the published weights of a torchvision, timm or huggingface net. State dicts inside wrappers
+    (`state_dict: ...`) and names behind prefixes (`module.`) are found.
     mapping: names in the file -> names in the net; a name that ends in `.` is a prefix, and the longest one counts.
 
     Raises MissingError where there is no such file, ConfigError where it holds anything but tensors, is damaged, or
@@ -37,11 +37,15 @@ def load_weights(net: nn.Module, path: Path | Literal["pretrained"], mapping: Ma
     if path == "pretrained":
         source = getattr(net, "pretrained_weights", None)
         if source is None:
-            hint = "only torchvision:NAME and timm:NAME have published weights; give the path of a file"
+            hint = "only torchvision:, timm: and huggingface: models have some; give the path of a file"
             raise ConfigError(Problem("there are no pretrained weights for this model", key="weights", hint=hint))
         assign(net, source(net), "the file of published weights")
         return
     path = Path(path)
+    folder = getattr(net, "weights_of_folder", None)
+    if path.is_dir() and folder is not None and not mapping:
+        assign(net, folder(net, path), str(path))
+        return
     if path.is_dir():
         published = path / "model.safetensors"  # the folder of a published encoder
         path = published if published.is_file() else path / "student.safetensors"

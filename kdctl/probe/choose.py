@@ -221,7 +221,9 @@ def _source(experiment: Experiment, spec: ModelSpec) -> ModelSpec:
 def _bare(spec: ModelSpec) -> ModelSpec:
     """The model without its weights; weights with a record are what say how the model is built, so they stay."""
     recorded = spec.weights is not None and runs.holds_model(spec.weights)
-    return spec if recorded else spec.model_copy(update={"weights": None, "stage": None, "mapping": {}})
+    return (
+        spec if recorded else spec.model_copy(update={"weights": None, "stage": None, "mapping": {}, "inherit": None})
+    )
 
 
 def _described(spec: ModelSpec) -> dict[str, Any]:

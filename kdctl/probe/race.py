@@ -89,7 +89,7 @@ def fastest(options: Options, measure: Measure, clock: Clock, samples: int) -> t
             compared = race(both, measure, clock, clock() + BUDGET_S)
             choice = plainest_of_fast(compared)
             times |= compared
-    line = f"{choice}: {1 / min(times[choice]):,.0f} images/s"
+    line = f"{choice}: {1 / min(times[choice]):,.0f} samples/s"
     plain = [
         min(own) for c, own in times.items() if (c.precision, c.layout, c.compile) == ("fp32", "contiguous", False)
     ]

@@ -25,7 +25,7 @@ COSTS = ("bytes", "latency_ms")
 """What quality is held against on a front."""
 _TRAINING_ONLY = {
     "batch_size", "eval_batch_size", "augment", "strong_augment", "views", "augment_seed", "labels_per_class", "limit",
-    "transfer", "workers", "root", "path",
+    "transfer", "expand", "workers", "root", "path",
 }  # fmt: skip
 """Keys of `data:` that change neither what is measured on nor how; where files lie is no matter."""
 
@@ -310,7 +310,7 @@ def _other_data(
         if key not in unread and here.get(key) != there.get(key):
             return f"data.{key} is {here.get(key)}, not {there.get(key)}"
     prints = [(e.lead.provenance.get("data") or {}).get("fingerprint") for e in (entry, lead)]
-    split_alike = all(here.get(k) == there.get(k) for k in ("val_fraction", "split_seed", "transfer"))
+    split_alike = all(here.get(k) == there.get(k) for k in ("val_fraction", "split_seed", "transfer", "expand"))
     if all(prints) and split_alike and prints[0] != prints[1]:
         return "its data files are others: the fingerprints differ"
     return None

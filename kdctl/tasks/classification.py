@@ -7,7 +7,7 @@ wins. A row with a NaN decides for no class.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from kdctl.errors import ConfigError, Problem
-from kdctl.signals import IGNORE, Batch, Signals, find_logits
+from kdctl.signals import IGNORE, Batch, Signals
 from kdctl.tasks.base import Metric, Task
 
 ECE_BINS = 15
@@ -37,18 +36,6 @@ class Classification(Task):
         index = torch.tensor([index for _, _, index in samples])
         return Batch(images, targets, index, torch.full_like(index, -1))
 
-    def signals(self, outputs: Any, batch: Batch, features: Mapping[str, Tensor] | None = None) -> Signals:
-        """Finds the logits (N, C): the output itself, its `logits`, or the first of a tuple.
-
-        Raises ConfigError where there are none of that shape.
-        """
-        logits = find_logits(outputs)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch.size:
-            got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            message = f"classification needs logits of shape ({batch.size}, classes); the model gave {got}"
-            raise ConfigError(Problem(message, key="task", hint="pool inside the model, or choose another task"))
-        return Signals(logits, "softmax", dict(features or {}))
-
     def supervised(
         self, student: Signals, batch: Batch, *, label_smoothing: float = 0.0, **_: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -56,13 +43,8 @@ class Classification(Task):
 
         Unlabelled samples contribute nothing, and their logits get no gradient.
         """
-        log_p = F.log_softmax(student.rows(), dim=1)
-        labelled = batch.targets != IGNORE
-        chosen = log_p.gather(1, batch.targets.clamp_min(0)[:, None]).squeeze(1)
-        loss = -(1 - label_smoothing) * chosen
-        if label_smoothing:
-            loss = loss - label_smoothing * log_p.mean(1)
-        return {"ce": (loss.masked_fill(~labelled, 0).sum(), labelled.sum())}
+        value, count = cross_entropy(student, batch, label_smoothing)
+        return {"ce": (value, count)}
 
     def metrics(self) -> dict[str, Metric]:
         return {"top1": top1, "top5": top5, "nll": negative_log_likelihood, "ece": calibration_error}
@@ -88,6 +70,17 @@ class Classification(Task):
         truth = as_array(targets)
         truth = truth[truth != IGNORE].astype(np.int64)
         return 100 * float(np.bincount(truth).max()) / truth.size if truth.size else float("nan")
+
+
+def cross_entropy(student: Signals, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The sum over the labelled rows of -(1 - a) log p_y - a mean(log p), and their count."""
+    log_p = F.log_softmax(student.rows(), dim=1)
+    labels, labelled = batch.row_labels()
+    chosen = log_p.gather(1, labels[:, None]).squeeze(1)
+    loss = -(1 - label_smoothing) * chosen
+    if label_smoothing:
+        loss = loss - label_smoothing * log_p.mean(1)
+    return loss.masked_fill(~labelled, 0).sum(), labelled.sum()
 
 
 def predictions(logits: ArrayLike) -> NDArray[np.int64]:

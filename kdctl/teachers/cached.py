@@ -30,7 +30,8 @@ class CachedTeacher(Teacher):
             return self.live(batch, wanted, logits)
         self.fill(batch)
         stored, features = self.store.signals(batch, wanted, logits)
-        empty = torch.empty(batch.size, 0, device=batch.index.device)
+        places = batch.inputs.shape[1:] if self.live.models[0].record.head != "sample" else ()
+        empty = torch.empty(batch.size, *places, 0, device=batch.index.device)
         return self.live.task.signals(empty if stored is None else stored, batch, features)
 
     @torch.no_grad()

@@ -1,13 +1,14 @@
 """What a store keeps of a teacher's signals, and in which form.
 
 N samples, C classes, k kept classes.
-    logits                              (N, C), in fp16 or fp32
-    top_values, top_indices, rest       instead of logits, with `top_k`: the k largest logits (N, k), their classes, and
-                                        the log-sum-exp (N,) of all others in fp32
+    logits                              (N, C), of tokens (N, L, C), in fp16 or fp32
+    top_values, top_indices, rest       instead of logits, with `top_k`: the k largest logits (..., k), their classes,
+                                        and the log-sum-exp (...) of all others in fp32
     tap:<path>                          the feature at a tap (N, ...), in fp16 or fp32
 
-A batch of texts is as long as the longest of them, so features of their tokens, (N, L, D) and (N, heads, L, L), lie
-at the length of the longest text that there can be, with zeros for padding, and given back at that of the batch.
+A batch of texts is as long as the longest of them, so logits and features of their tokens, (N, L, D) and
+(N, heads, L, L), lie at the length of the longest text that there can be, with zeros for padding, and are given back at
+that of the batch.
 """
 
 from __future__ import annotations
@@ -72,15 +73,15 @@ class Contents:
         if not self.logits:
             return fields
         if self.top_k is None:
-            return {"logits": self._rounded(signals.logits)} | fields
+            return {"logits": self._rounded(self._widened(signals.logits, inputs))} | fields
         logits = signals.logits.float()
-        if logits.shape[1:] != (self.num_classes,):
+        if logits.shape[-1] != self.num_classes:
             message = f"top_k keeps the largest of {self.num_classes} logits a sample; these are {tuple(logits.shape)}"
             raise ConfigError(Problem(message, key="teacher_cache.top_k", hint="leave top_k out"))
-        values, indices = logits.topk(self.top_k, dim=1)
-        rest = logits.scatter(1, indices, -math.inf).logsumexp(1)
-        kept = (self._rounded(values), indices, rest)
-        return dict(zip(TOP, kept, strict=True)) | fields
+        values, indices = logits.topk(self.top_k, dim=-1)
+        rest = logits.scatter(-1, indices, -math.inf).logsumexp(-1, keepdim=True)
+        kept = (self._rounded(self._widened(values, inputs)), self._widened(indices, inputs))
+        return dict(zip(TOP, (*kept, self._widened(rest, inputs).squeeze(-1)), strict=True)) | fields
 
     def _rounded(self, values: Tensor) -> Tensor:
         return values.to(torch.float16 if self.dtype == "fp16" else torch.float32)
@@ -116,13 +117,13 @@ class Contents:
         taps = {name[4:]: values for name, values in fields.items() if name.startswith("tap:")}
         features = {tap: self._narrowed(values, inputs).float() for tap, values in taps.items()}
         if "logits" in fields:
-            return fields["logits"].float(), features
+            return self._narrowed(fields["logits"], inputs).float(), features
         if "rest" not in fields:
             return None, features
-        values, indices = fields["top_values"].float(), fields["top_indices"].long()
-        others = self.num_classes - values.shape[1]
-        spread = (fields["rest"] - math.log(others))[:, None].expand(-1, self.num_classes)
-        return spread.scatter(1, indices, values), features
+        kept = (fields["top_values"].float(), fields["top_indices"].long(), fields["rest"].unsqueeze(-1))
+        values, indices, rest = (self._narrowed(field, inputs) for field in kept)
+        spread = (rest - math.log(self.num_classes - values.shape[-1])).expand(*rest.shape[:-1], self.num_classes)
+        return spread.scatter(-1, indices, values), features
 
 
 def _token_axes(feature: Tensor, length: int) -> tuple[int, ...]:

@@ -99,8 +99,10 @@ def class_code(group: str, kind: str, base: Path | None = None) -> tuple[str, st
     if registry.is_file_kind(kind):
         source = Path(place)
         return f"{source.name}:{name}", hashlib.sha256(source.read_bytes()).hexdigest()
-    named, library = registry.canonical(group, kind), kind.partition(":")[0]
-    if library in ("torchvision", "timm"):
+    named, (library, _, zoo_name) = registry.canonical(group, kind), kind.partition(":")
+    if library == "huggingface":
+        named, library = f"{library}:{Path(zoo_name).name}", "transformers"
+    if library in ("torchvision", "timm", "transformers"):
         with suppress(PackageNotFoundError):
             return named, f"{library} {version(library)}"
     found = None if place.startswith("kdctl.") else find_spec(place)

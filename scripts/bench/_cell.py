@@ -57,6 +57,10 @@ def train(options: argparse.Namespace) -> Cell:
     from kdctl.config.expand import load_experiment
     from kdctl.runs import Run
 
+    if options.as_they_come:
+        from kdctl.data.tokens import TokenSplit
+
+        TokenSplit.arranged = lambda self, rows, batch_size, key: rows  # type: ignore[method-assign]
     loaded = load_experiment(options.file).experiment
     stage = loaded.student_stage
     watch = Watch(options.warmup, stage.epochs, loaded.data.batch_size, loaded.train.device)
@@ -111,6 +115,7 @@ def main() -> None:
     ours = kinds.add_parser("kdctl")
     ours.add_argument("file", type=Path)
     ours.add_argument("--warmup", type=int, default=10)
+    ours.add_argument("--as-they-come", action="store_true", help="texts in their drawn order, not by length")
     ours.set_defaults(work=train)
     alone = kinds.add_parser("bare")
     alone.add_argument("--model", required=True)

@@ -126,8 +126,13 @@ def test_a_missing_column_is_named_beside_those_that_are_there(root: Path) -> No
     assert caught.value.problems[0].line == 2
     with pytest.raises(ConfigError, match="there is no text 'second'"):
         load(root, pair="second")
-    with pytest.raises(ConfigError, match="no text of this file has a label"):
+    with pytest.raises(ConfigError, match="no text has a column 'class'; there are: text, label"):
         load(root, label="class")
+    with pytest.raises(ConfigError, match="no text has a column 'class'"):
+        load(root, label="class", class_names=["neg", "pos"])
+    with pytest.raises(ConfigError, match="no text of this file has a label"):
+        load(root, label=None)
+    assert load(root, label=None, class_names=["neg", "pos"]).train.targets.unique().tolist() == [IGNORE]
 
 
 @pytest.mark.parametrize("content", ["", "text\tlabel\n"])

@@ -77,6 +77,8 @@ CASES: dict[str, Case] = {
     "hidden_mse": TOKENS,
     "cosine": TOKENS,
     "attention_mse": Case(student=[(2, 4, 4)], teacher=[(2, 4, 4)], equal=[(2, 4, 4)]),
+    "attention_kl": Case(student=[(2, 4, 4)], teacher=[(2, 4, 4)], equal=[(2, 4, 4)]),
+    "token_relations": Case(student=[(4, 4)], teacher=[(4, 6)], equal=[(4, 6)], arguments={"heads": 2}),
     "pkd": TOKENS,
     "text_nst": Case(student=[(4, 3), (4, 3)], teacher=[(4, 5), (4, 5)], equal=[(4, 5), (4, 5)]),
     "text_fsp": Case(student=[(4, 3), (4, 2)], teacher=[(4, 5), (4, 5)], equal=[(4, 5), (4, 5)]),

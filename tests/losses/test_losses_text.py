@@ -16,7 +16,9 @@ from kdctl.signals import Batch, Signals
 
 Given = tuple[Signals, Signals, Batch]
 LENGTHS = [4, 1, 3]
-TOKENWISE = ["hidden_mse", "cosine", "text_nst", "text_fsp", "attention_mse"]
+TOKENWISE = ["hidden_mse", "cosine", "text_nst", "text_fsp", "attention_mse", "attention_kl", "token_relations"]
+MAPS = ("attention_mse", "attention_kl")
+ARGUMENTS: dict[str, dict[str, Any]] = {"token_relations": {"heads": 5}}
 
 
 def cut(given: Given, rows: slice) -> Given:
@@ -34,11 +36,11 @@ def padded(kind: str, lengths: list[int], padded_to: int, padding: float, key: s
     sides = []
     for learns in (True, False):
         features = {}
-        for tap in ("f", "g")[: 1 if kind == "attention_mse" else 2]:
-            width = (2, padded_to, padded_to) if kind == "attention_mse" else (padded_to, 5)
+        for tap in ("f", "g")[: 1 if kind in MAPS else 2]:
+            width = (2, padded_to, padded_to) if kind in MAPS else (padded_to, 5)
             feature = torch.full((len(lengths), *width), padding, dtype=torch.float64)
             for row, n in enumerate(lengths):
-                if kind == "attention_mse":
+                if kind in MAPS:
                     feature[row, :, :n, :n] = torch.randn(2, n, n, generator=generator, dtype=torch.float64)
                 else:
                     feature[row, :n] = torch.randn(n, 5, generator=generator, dtype=torch.float64)
@@ -63,39 +65,39 @@ class TestPadding:
     @pytest.mark.parametrize("key", ["attention_mask", "keep"])
     def test_changes_nothing(self, kind: str, padding: float, key: str, build: Callable[..., Any]) -> None:
         short, long = padded(kind, LENGTHS, 4, 0.0, key), padded(kind, LENGTHS, 9, padding, key)
-        loss = build(kind, short)
+        loss = build(kind, short, **ARGUMENTS.get(kind, {}))
         value = loss(*long)
         assert int(loss.count(long[2])) == int(loss.count(short[2]))
         assert value.item() == pytest.approx(loss(*short).item(), rel=1e-12)
         value.backward()
         gradient = long[0].features["f"].grad
         assert gradient.isfinite().all() and gradient[0].any()
-        outside = gradient[1, :, 1:] if kind == "attention_mse" else gradient[1, 1:]
+        outside = gradient[1, :, 1:] if kind in MAPS else gradient[1, 1:]
         assert not outside.any()
 
     def test_split_changes_nothing(self, kind: str, build: Callable[..., Any]) -> None:
         given = padded(kind, LENGTHS, 6, 7.0)
-        loss = build(kind, given)
+        loss = build(kind, given, **ARGUMENTS.get(kind, {}))
         parts = [cut(given, slice(0, 1)), cut(given, slice(1, 3))]
         assert sum(loss(*part).item() for part in parts) == pytest.approx(loss(*given).item(), rel=1e-12)
         assert sum(int(loss.count(part[2])) for part in parts) == int(loss.count(given[2]))
 
     def test_a_sample_without_a_token_adds_nothing(self, kind: str, build: Callable[..., Any]) -> None:
         given, without = padded(kind, [4, 0, 3], 4, float("nan")), padded(kind, [4, 3], 4, 0.0)
-        loss = build(kind, given)
+        loss = build(kind, given, **ARGUMENTS.get(kind, {}))
         value = loss(*given)
         value.backward()
         assert value.item() == pytest.approx(loss(*without).item(), rel=1e-12)
         assert given[0].features["f"].grad.isfinite().all() and not given[0].features["f"].grad[1].any()
 
     def test_adapters_do_not_fill_it(self, kind: str, build: Callable[..., Any]) -> None:
-        if kind == "attention_mse":
-            pytest.skip("has no widths")
+        if kind in (*MAPS, "token_relations"):
+            pytest.skip("has no adapters")
         short, long = padded(kind, LENGTHS, 4, 0.0), padded(kind, LENGTHS, 7, 3.0)
         for given in (short, long):
             for tap, feature in given[0].features.items():
                 given[0].features[tap] = feature.detach()[..., :3].requires_grad_(True)
-        loss = build(kind, short)
+        loss = build(kind, short, **ARGUMENTS.get(kind, {}))
         assert [type(adapter) for adapter in loss.adapters] == 2 * [nn.Identity if kind == "text_nst" else nn.Linear]
         assert loss(*long).item() == pytest.approx(loss(*short).item(), rel=1e-12)
 
@@ -103,7 +105,7 @@ class TestPadding:
         given = padded(kind, LENGTHS, 6, 0.0)
         given[2].extra["attention_mask"] = given[2].extra["attention_mask"][:, :5]
         with pytest.raises(ConfigError, match="which of its 5 tokens are padding"):
-            build(kind, given)
+            build(kind, given, **ARGUMENTS.get(kind, {}))
 
 
 class TestHiddenMSE:
@@ -249,6 +251,81 @@ class TestAttentionMSE:
             build("attention_mse", example(student=student, teacher=teacher))
 
 
+def softmax(scores: Any) -> Any:
+    raised = np.exp(scores - scores.max(-1, keepdims=True))
+    return raised / raised.sum(-1, keepdims=True)
+
+
+def kl(p: Any, q: Any) -> Any:
+    return (p * np.log(p / q)).sum(-1)
+
+
+class TestAttentionKL:
+    @pytest.mark.parametrize("of", ["scores", "probabilities"])
+    def test_sums_over_tokens_that_are_not_padding(self, of: str, build: Callable[..., Any]) -> None:
+        given = padded("attention_kl", LENGTHS, 6, 7.0)
+        s, t = arrays(given)
+        inside = [(softmax(t[i, :, :n, :n]), softmax(s[i, :, :n, :n])) for i, n in enumerate(LENGTHS)]
+        expected = sum(kl(target, mine).mean(0).sum() for target, mine in inside)
+        if of == "probabilities":
+            for side, values in zip(given[:2], (s, t), strict=True):
+                maps = np.full_like(values, 7.0)
+                for i, n in enumerate(LENGTHS):
+                    maps[i, :, :n, :n] = softmax(values[i, :, :n, :n])
+                side.features["f"] = torch.from_numpy(maps)
+        loss = build("attention_kl", given, of=of)
+        assert loss(*given).item() == pytest.approx(expected, rel=1e-9)
+        assert int(loss.count(given[2])) == sum(LENGTHS)
+
+    def test_without_a_mask(self, example: Callable[..., Any], build: Callable[..., Any]) -> None:
+        given = example(student=(3, 5, 5), teacher=(3, 5, 5))
+        s, t = arrays(given)
+        loss = build("attention_kl", given)
+        value = (loss(*given) / loss.count(given[2])).item()
+        assert value == pytest.approx(kl(softmax(t), softmax(s)).mean(), rel=1e-9)
+
+    def test_other_numbers_of_heads_are_refused(self, example: Callable[..., Any], build: Callable[..., Any]) -> None:
+        with pytest.raises(ConfigError, match="heads differ: 2 and 3") as caught:
+            build("attention_kl", example(student=(2, 5, 5), teacher=(3, 5, 5)))
+        assert "token_relations" in str(caught.value)
+
+
+class TestTokenRelations:
+    @staticmethod
+    def relation(states: Any, heads: int) -> Any:
+        length, width = states.shape
+        parts = states.reshape(length, heads, width // heads).transpose(1, 0, 2)
+        return softmax(parts @ parts.transpose(0, 2, 1) / np.sqrt(width // heads))
+
+    def test_sums_over_tokens_that_are_not_padding(self, build: Callable[..., Any]) -> None:
+        given = padded("token_relations", LENGTHS, 6, 7.0)
+        for tap in "fg":  # a student of another width than the teacher
+            given[0].features[tap] = torch.cat([given[0].features[tap], given[0].features[tap].flip(2)], 2)
+        expected = 0.0
+        for tap in "fg":
+            s, t = arrays(given, tap)
+            for i, n in enumerate(LENGTHS):
+                mine, target = (self.relation(side[i, :n], 5) for side in (s, t))
+                expected += kl(target, mine).mean(0).sum()
+        loss = build("token_relations", given, heads=5)
+        assert loss(*given).item() == pytest.approx(expected, rel=1e-9)
+        assert int(loss.count(given[2])) == sum(LENGTHS)
+
+    @pytest.mark.parametrize(
+        ("student", "teacher", "message"),
+        [
+            ((5, 8), (5, 12), "a width of 12 cannot be divided among 8 relation heads"),
+            ((5, 8), (6, 8), "the numbers of tokens differ"),
+            ((2, 5, 5), (2, 5, 5), "states of tokens"),
+        ],
+    )
+    def test_what_cannot_be_compared_is_refused(
+        self, student: Any, teacher: Any, message: str, example: Callable[..., Any], build: Callable[..., Any]
+    ) -> None:
+        with pytest.raises(ConfigError, match=message):
+            build("token_relations", example(student=student, teacher=teacher), heads=8)
+
+
 class TestPKD:
     @pytest.mark.parametrize("shape", [(5,), (4, 5), (5, 3, 2)])
     def test_formula(self, shape: Any, example: Callable[..., Any], build: Callable[..., Any]) -> None:
@@ -360,7 +437,7 @@ class TestTextFSP:
 def test_distances_are_in_full_precision_under_autocast(kind: str, build: Callable[..., Any]) -> None:
     student, teacher, batch = padded(kind, LENGTHS, 4, 0.0)
     given = student.map(lambda x: x.detach().float()), teacher.map(lambda x: x.detach().float()), batch
-    loss = build(kind, given)
+    loss = build(kind, given, **ARGUMENTS.get(kind, {}))
     with torch.autocast("cpu", torch.bfloat16):
         value = loss(*given)
     torch.testing.assert_close(value, loss(*given), rtol=1e-6, atol=0)

@@ -53,6 +53,6 @@ def test_pretrained_accuracy(data: str, net: str, weights: str, accuracy: float)
     samples = build.build_data(experiment)
     model = build.build_model(experiment.student, samples, "student")
     assert samples.test is not None
-    said = predict(TorchPredictor(model), samples.test, experiment.data.eval_batch_size)
+    said = predict(TorchPredictor(model), samples.test, build.build_task(experiment), experiment.data.eval_batch_size)
     assert len(said.targets) == 10_000
     assert metrics(said, build.build_task(experiment))["top1"] == pytest.approx(accuracy, abs=0.005)

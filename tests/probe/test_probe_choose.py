@@ -84,7 +84,7 @@ def test_the_fastest_is_chosen_and_said() -> None:
     settings, said = settled(small(), Bench(bf16=0.5, channels_last=0.8, threads2=0.5))
     assert chosen(settings) == ("bf16", "channels_last", 2, False)
     assert settings.device == "cpu"
-    assert said == ["probe: bf16, channels_last, 2 threads: 500 images/s (fp32 contiguous 200)"]
+    assert said == ["probe: bf16, channels_last, 2 threads: 500 samples/s (fp32 contiguous 200)"]
 
 
 def test_what_the_user_set_is_kept() -> None:
@@ -134,7 +134,7 @@ def test_a_choice_is_remembered(machine: Path) -> None:
     second, said = settled(small("train.seed=7", "distill.T=2"), bench)
     assert bench.calls == calls
     assert chosen(second) == chosen(first)
-    assert said == ["probe: bf16, contiguous, 1 thread: 200 images/s (fp32 contiguous 100) (remembered)"]
+    assert said == ["probe: bf16, contiguous, 1 thread: 200 samples/s (fp32 contiguous 100) (remembered)"]
     assert [p.name for p in machine.iterdir()] == ["probe.json"]
 
 

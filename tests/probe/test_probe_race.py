@@ -62,10 +62,10 @@ def test_the_line_names_the_choice_and_the_plain_one() -> None:
     bench = Bench(0.001, bf16=0.5)
     assert (
         fastest(ALL, bench, bench.clock, 10**6)[1]
-        == "bf16, contiguous, 1 thread: 2,000 images/s (fp32 contiguous 1,000)"
+        == "bf16, contiguous, 1 thread: 2,000 samples/s (fp32 contiguous 1,000)"
     )
     bench = Bench(0.001, threads2=0.5)
-    assert fastest(ALL, bench, bench.clock, 10**6)[1] == "fp32, contiguous, 2 threads: 2,000 images/s"
+    assert fastest(ALL, bench, bench.clock, 10**6)[1] == "fp32, contiguous, 2 threads: 2,000 samples/s"
 
 
 def test_noise_does_not_decide() -> None:

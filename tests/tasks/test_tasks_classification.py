@@ -155,4 +155,6 @@ def test_forward_and_supervised() -> None:
 
 def test_it_is_a_task() -> None:
     assert isinstance(TASK, Task)
-    assert set(vars(Classification)) >= {n for n in vars(Task) if not n.startswith("_")} - {"forward", "num_labelled"}
+    assert set(vars(Classification)) >= {n for n in vars(Task) if not n.startswith("_")} - {
+        "forward", "num_labelled", "outcome", "rows_of", "score", "signals", "link", "target"
+    }  # fmt: skip

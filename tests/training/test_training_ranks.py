@@ -262,7 +262,7 @@ def test_statistics_of_batch_norm_are_those_that_were_validated(folder: Path) ->
     experiment = load_experiment(run.config).experiment
     data = build_data(experiment)
     assert data.val is not None
-    said = predict(TorchPredictor(load_student(run, experiment, "last")), data.val, 512)
+    said = predict(TorchPredictor(load_student(run, experiment, "last")), data.val, build_task(experiment), 512)
     assert lines(run)[-1]["val"]["nll"] == pytest.approx(metrics(said, build_task(experiment))["nll"], abs=1e-5)
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score
 
-from kdctl.quality.multilabel import average_precision, macro_f1, mean_average_precision, micro_f1
 from kdctl.signals import IGNORE
+from kdctl.tasks.multilabel import average_precision, macro_f1, mean_average_precision, micro_f1
 
 
 @settings(max_examples=60, deadline=None)
