@@ -12,7 +12,7 @@ from torch import nn
 
 from kdctl import ranks, registry, sharding
 from kdctl.assembly.inherit import inherit
-from kdctl.assembly.models import build_model, build_teachers, check_fits, check_teacher, seed_everything
+from kdctl.assembly.models import build_model, build_teachers, check_causal, check_fits, check_teacher, seed_everything
 from kdctl.assembly.terms import build_terms, check_accumulation, check_taps, dry_run, teacher_taps
 from kdctl.config.schema import Experiment, RunSettings, TrainStage
 from kdctl.data.augment import Augment
@@ -191,6 +191,9 @@ def _build_models(
     for path in stage.frozen:
         _submodule(student.net, path).requires_grad_(False)
     models = build_teachers(stage, data, seed, stage_file)
+    if data.whole.head == "vocabulary" and not data.whole.drawn:
+        for key, model in (("student", student), *(("teacher", teacher) for teacher in models)):
+            check_causal(model, key)
     inherited = inherit(student, spec.inherit, models, data.train) if spec.inherit and start is None else ""
     seed_everything(seed, stage.name, "method")
     return method.prepare(student, models, fresh), models, inherited

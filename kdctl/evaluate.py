@@ -27,6 +27,7 @@ from kdctl.models.fold import folded
 from kdctl.models.record import Model, load_model
 from kdctl.quality import describe as quality
 from kdctl.quality.classes import confused
+from kdctl.quality.entities import describe_entities
 from kdctl.ranks import Ranks
 from kdctl.runs import Run
 from kdctl.signals import Batch, find_logits
@@ -68,8 +69,9 @@ class TorchPredictor:
         self.runtime = f"torch {torch.__version__}"
         self.image_shape = model.record.input_shape
         self.tokens = model.record.tokens
-        self.num_classes = model.record.num_logits
+        self.num_classes = model.record.num_logits or len(self(model.record.example().numpy())[0])
         self.class_names = model.record.answers
+        self.link, self.head = model.record.link, model.record.head
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[Any]) -> Floats:
@@ -255,13 +257,21 @@ def quick(model: Model) -> Model:
     return Model(net, model.record, model.base).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def labelled(predictions: Predictions) -> int:
+    """How many samples, or words, of a split have a label: what its metrics are over."""
+    return int(has_label(torch.from_numpy(predictions.targets)).sum())
+
+
 def describe(predictions: Predictions, task: Task, data: Data, val: Predictions | None = None) -> dict[str, Any]:
     """Samples, metrics, the metric of each class and, of a classifier, how good its probabilities are and what it
     takes for what. val: its predictions on the validation split, which the temperature is fitted on."""
     rows = task.per_class(predictions.logits, predictions.targets)
     rows = [{"name": name} | row for name, row in zip(data.class_names, rows, strict=bool(rows))]
-    samples = int(has_label(torch.from_numpy(predictions.targets)).sum())
-    document: dict[str, Any] = {"samples": samples, "metrics": metrics(predictions, task), "per_class": rows}
+    document: dict[str, Any] = {
+        "samples": labelled(predictions),
+        "metrics": metrics(predictions, task),
+        "per_class": rows,
+    }
     document |= {"quality": {"student": None, "teacher": None}, "fidelity": None, "confusion": None, "confused": []}
     if isinstance(task, Classification):
         document["quality"]["student"] = _quality(predictions, data, val)
@@ -289,7 +299,9 @@ def _compare(
 
 def _quality(predictions: Predictions, data: Data, val: Predictions | None) -> dict[str, Any]:
     fitted = None if val is None else (val.logits, val.targets)
-    return quality.describe((predictions.logits, predictions.targets), data.class_names, data.class_counts(), fitted)
+    said = (predictions.logits, predictions.targets)
+    document = quality.describe(said, data.class_names, data.class_counts(), fitted)
+    return document | describe_entities(*said, predictions.index, data.class_names)
 
 
 def load_student(run: Run, experiment: Experiment, checkpoint: str = "best") -> Model:

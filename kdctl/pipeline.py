@@ -313,6 +313,7 @@ def _keep_untrained(run: Run, experiment: Experiment, stage: TrainStage, data: D
     """Ships the weights that a stage of no epochs is given, as if it had trained them."""
     start = _start_of(run, stage)
     spec = stage.student or experiment.student
+    build.seed_everything(experiment.train.seed, stage.name, "student")
     model = load_model(start) if start else build.build_model(spec, data, "student")
     folder = run.stage_dir(stage.name)
     save_model(model, folder / "model")

@@ -32,6 +32,8 @@ from kdctl.watch import Bar, no_bar
 BATCH = 128
 ARRAYS = {".npy", ".npz"}
 Shape = tuple[int, ...]
+_NOT_READ = {"label": None, "class": None, "probability": None}
+"""Of a word that lies beyond the longest text that the model takes."""
 _ROUNDING = 1e-6
 """How far a value may lie outside of [0, 1]: what float arithmetic adds."""
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)[:, None, None]
@@ -39,10 +41,15 @@ _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)[:, None, None]
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample to predict. pixels: float32 (C, H, W) in [0, 1] as the model takes it; of a text its numbers (L,)."""
+    """One sample to predict. pixels: float32 (C, H, W) in [0, 1] as the model takes it; of a text its numbers (L,).
+
+    words: of a text whose words are tagged these; begun: which of them each token begins, -1 for none.
+    """
 
     name: str
     pixels: NDArray[Any]
+    words: Sequence[str] = ()
+    begun: Sequence[int] = ()
 
 
 def open_student(run: Run, device: str = "cpu") -> TorchPredictor:
@@ -62,11 +69,19 @@ def predict_files(
     """What a predictor says of files and of all that lies in folders: `predictions` and `failed`, in order.
 
     A prediction is {input, label, class, probability, top}: the most probable class and, in `top`, that many of them;
-    probabilities are softmax in float64. Each file or image that cannot be read is one of `failed` {input, message,
-    hint} and does not keep the others from being predicted. bar: shows how far it is, in images or texts. home: the
-    folder of the run or the artefact, where the tokenizer of a model of texts lies. Raises MissingError without it.
+    probabilities are softmax in float64. Of several classes a sample it is {input, labels, top}, `labels` being those
+    whose probability is above one half, by a sigmoid each; of a number {input, value}; of an embedding {input, embedding},
+    its numbers in a list, of the length that they have; of tagged words {input, words},
+    with word, label, class and probability of each, None for words beyond the model's length. Each file or image that
+    cannot be read is one of `failed` {input, message, hint} and does not keep the others from being predicted. bar:
+    shows how far it is, in images or texts. home: the folder of the run or the artefact, where the tokenizer of a model
+    of texts lies. Raises MissingError without it.
     """
-    tokens = getattr(predictor, "tokens", None)
+    tokens, link = getattr(predictor, "tokens", None), getattr(predictor, "link", "softmax")
+    if getattr(predictor, "head", "sample") == "vocabulary":
+        hint = "`kdctl eval` measures it"
+        raise KdctlError("the model says which token stands at each place of a text, and has no labels", hint=hint)
+    tagged = getattr(predictor, "head", "sample") == "token"
     tokenizer = None if tokens is None else open_tokenizer(home, tokens)
     names = [str(number) for number in range(predictor.num_classes)]
     known = getattr(predictor, "class_names", None) or []
@@ -79,15 +94,16 @@ def predict_files(
         if waiting:
             inputs = [sample.pixels for sample in waiting]
             logits = predictor(np.stack(inputs) if tokens is None else _padded(inputs, tokens.pad))
-            for sample, row in zip(waiting, softmax(logits), strict=True):
-                if np.isnan(row).any():
+            for sample, row in zip(waiting, logits, strict=True):
+                own = row[: len(sample.begun)] if sample.words else row
+                if not np.isfinite(own).all():
                     message = "the model gives numbers for it that are not finite"
                     failed.append({"input": sample.name, "message": message, "hint": None})
                 else:
-                    predictions.append({"input": sample.name} | _chosen(row, names, top))
+                    predictions.append({"input": sample.name} | _answer(sample, own, names, link, top))
             waiting.clear()
 
-    found_in = samples(places, predictor.image_shape) if tokenizer is None else texts(places, tokenizer, tokens)
+    found_in = samples(places, predictor.image_shape) if tokenizer is None else texts(places, tokenizer, tokens, tagged)
     with bar("predicting", _count(places) if tokenizer is None else None) as advance:
         for found in found_in:
             advance(1)
@@ -132,6 +148,28 @@ def softmax(logits: Floats) -> NDArray[np.float64]:
         return shifted / shifted.sum(1, keepdims=True)
 
 
+def _answer(sample: Sample, row: NDArray[Any], names: Sequence[str], link: str, top: int) -> dict[str, Any]:
+    """What the logits of a sample say, (C,), or (L, C) of the tokens of a text."""
+    if link == "embedding":
+        return {"embedding": [float(value) for value in row]}
+    if link == "identity":
+        return {"value": float(row[0])}
+    if sample.words:
+        begins = {word: token for token, word in enumerate(sample.begun) if word >= 0}
+        rows = softmax(row)
+        said = [_chosen(rows[begins[i]], names, 1) if i in begins else _NOT_READ for i in range(len(sample.words))]
+        return {"words": [{"word": word} | _without(one) for word, one in zip(sample.words, said, strict=True)]}
+    if link == "sigmoid":
+        probabilities = 1 / (1 + np.exp(-np.asarray(row, np.float64)))
+        ordered = _chosen(probabilities, names, len(names))["top"]
+        return {"labels": [one for one in ordered if one["probability"] > 0.5], "top": ordered[:top]}
+    return _chosen(softmax(row[None])[0], names, top)
+
+
+def _without(one: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in one.items() if name != "top"}
+
+
 def _chosen(row: NDArray[np.float64], names: Sequence[str], top: int) -> dict[str, Any]:
     order = np.argsort(-row, kind="stable")[:top].tolist()  # of equal ones the lower number, as in evaluation
     best = [{"label": names[i], "class": i, "probability": float(row[i])} for i in order]
@@ -157,9 +195,10 @@ def samples(places: Sequence[str], shape: Shape) -> Iterator[Sample | Problem]:
             yield from _of_file(path, shape)
 
 
-def texts(places: Sequence[str], tokenizer: Tokenizer, tokens: Any) -> Iterator[Sample | Problem]:
+def texts(places: Sequence[str], tokenizer: Tokenizer, tokens: Any, tagged: bool = False) -> Iterator[Sample | Problem]:
     """Every line of the files as a text, of pairs as two with a tab between; a Problem for what is none.
 
+    tagged: whether a text is its words, with spaces between them.
     Empty lines are left out; a sample is called FILE:LINE.
     """
     for place in places:
@@ -173,6 +212,9 @@ def texts(places: Sequence[str], tokenizer: Tokenizer, tokens: Any) -> Iterator[
             name, parts = f"{place}:{number}", line.split("\t") if tokens.pairs else [line]
             if tokens.pairs and line.strip() and len(parts) != 2:
                 yield Problem("the model takes pairs of texts, with one tab between them", file=name)
+            elif line.strip() and tagged:
+                ((ids, begun),) = tokenizer.encode_words([line.split()], tokens.length)
+                yield Sample(name, np.asarray(ids, np.int64), line.split(), begun)
             elif line.strip():
                 (numbers,) = tokenizer.encode(parts[:1], parts[1:] if tokens.pairs else None, tokens.length)
                 yield Sample(name, np.asarray(numbers, np.int64))

@@ -134,13 +134,14 @@ class Signals:
     """What a loss sees of a model on a batch.
 
     logits: in the task's shape, classes last but one for maps: (N, C), (N, C, H, W) or (N, L, C) with class_dim 2.
-    link: how logits become what is learnt: softmax over classes, one sigmoid a class, or the numbers as they are.
+    link: how logits become what is learnt: softmax over classes, one sigmoid a class, or the numbers as they are; of an
+        embedding they are its numbers, as many as the model is wide.
     features: the output at each tap.
     keep: mask of the rows that count, None for all.
     """
 
     logits: Tensor
-    link: Literal["softmax", "sigmoid", "identity"] = "softmax"
+    link: Literal["softmax", "sigmoid", "identity", "embedding"] = "softmax"
     features: dict[str, Tensor] = field(default_factory=dict)
     keep: Tensor | None = None
     class_dim: int = 1

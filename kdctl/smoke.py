@@ -34,6 +34,7 @@ _STAND_INS = {
 }
 """Image shape and number of classes of data that have to be fetched first."""
 _OF_TEXTS = ("text", "corpus")
+_ASKED = ("next", "hidden", "embedding")
 
 
 def smoke(experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def _texts(spec: DataSpec, count: int, target: str) -> Dataset:
     def split(samples: int) -> TokenSplit:
         targets, some = _labels(target, samples, len(names)), numbers[:samples]
         if target != "tags":
-            return TokenSplit.of(some, targets, tokens, asks=target if target in ("next", "hidden") else "targets")
+            return TokenSplit.of(some, targets, tokens, asks=target if target in _ASKED else "targets")
         ids = torch.tensor([number for text in some for number in text])
         tags = (torch.arange(len(ids)) % len(names)).int().masked_fill(~tokens.is_word(ids), IGNORE)
         return TokenSplit.of(some, targets, tokens, tags=tags, asks="tags")
@@ -175,4 +176,4 @@ def _labels(target: str, samples: int, classes: int) -> Tensor:
         return F.one_hot(turn % classes, classes) | F.one_hot(turn // 2 % classes, classes)
     if target == "number":
         return turn % 10 / 10
-    return turn % classes if target == "class" else torch.zeros_like(turn)
+    return turn % classes if target in ("class", "embedding") else torch.zeros_like(turn)

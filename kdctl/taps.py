@@ -29,6 +29,7 @@ from kdctl.errors import ConfigError, Problem
 
 _GRAMMAR = re.compile(r"(?P<dotted>[^:#\s]*)(?P<side>:in)?(?:#(?P<call>[1-9]\d*))?(?P<keys>(?:\.[^.:#\s]+)*)")
 _LISTED = 12
+_LEFT_OUT = "the model leaves it empty; attention of a `huggingface:` model is there with `attention: eager`"
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,9 @@ class Taps:
             found = _item(value, key)
             if found is None:
                 message = f"tap '{tap.text}': there is no '{key}' in {_describe(value)}"
-                raise ConfigError(Problem(message, key="taps", hint=_closest(tap.text, self._modules)))
+                empty = isinstance(value, tuple | list) and _has_place(value, key)
+                hint = _LEFT_OUT if empty else _closest(tap.text, self._modules)
+                raise ConfigError(Problem(message, key="taps", hint=hint))
             value = found
         if not isinstance(value, Tensor):
             message = f"tap '{tap.text}' holds no tensor but {_describe(value)}"
@@ -248,8 +251,13 @@ def _item(value: Any, key: str) -> Any:
     if isinstance(value, Mapping):
         return value.get(key, value.get(number))
     if number is not None and isinstance(value, Sequence):
-        return value[number] if -len(value) <= number < len(value) else None
+        return value[number] if _has_place(value, key) else None
     return getattr(value, key, None)
+
+
+def _has_place(value: Sequence[Any], key: str) -> bool:
+    """Whether a sequence is long enough for a key, whatever stands there."""
+    return re.fullmatch(r"-?\d+", key) is not None and -len(value) <= int(key) < len(value)
 
 
 def _describe(value: Any) -> str:

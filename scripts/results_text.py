@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--only", default="")
     parser.add_argument("--table", action="store_true")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     everything: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
     only = given.only.split(",") if given.only else [method.name for method in FAMILIES[given.family]]
     for method in FAMILIES[given.family] if not given.table else ():

@@ -19,8 +19,11 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in CONFIGS]
 TWINS = {path: path.parent / "small" / path.name for path in CONFIGS if (path.parent / "small" / path.name).is_file()}
 """Configs of full size that have a small twin: it runs in their place, they themselves with -m slow."""
-LONG = {ROOT / "configs/compression" / name for name in ("pipeline.yaml", "int8.yaml")}
-"""Configs whose two steps take long; prune_recover.yaml and the commands of docs/compression.md go the same ways."""
+LONG = {ROOT / "configs/compression" / name for name in ("pipeline.yaml", "int8.yaml")} | {
+    ROOT / "configs/text" / f"{name}.yaml" for name in ("tinybert", "distilbert", "pkd", "minilmv2", "mobilebert")
+}
+"""Configs whose two steps take long; prune_recover.yaml and the commands of docs/compression.md go the same ways, and
+tests/training/test_training_recipes.py runs those of texts with narrow models."""
 RUN = [
     pytest.param(path, id=name, marks=[pytest.mark.slow] if path in {*TWINS, *LONG} else [])
     for path, name in zip(CONFIGS, NAMES, strict=True)

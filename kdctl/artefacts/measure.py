@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdctl import build, evaluate, registry, runs
 from kdctl.artefacts.yardstick import TORCH, Yardstick, open_file, opener
@@ -73,12 +74,12 @@ def measure(
         "runtime": predictor.runtime,
         "threads": THREADS,
         "split": yardstick.split,
-        "samples": len(yardstick.samples),
+        "samples": evaluate.labelled(after),
         **{name: columns[name] for name in ("before", "same_runtime", "after")},
         "agreement": float(yardstick.task.agreement(after.logits, before.logits)),
         "agreement_teacher": None if teacher is None else float(yardstick.task.agreement(after.logits, teacher.logits)),
-        "max_abs_diff": None if target == TORCH else _furthest(after, made_of),
-        "largest_logit": float(np.abs(made_of.logits).max()),
+        "max_abs_diff": None if target == TORCH else _furthest(_said(yardstick, after), _said(yardstick, made_of)),
+        "largest_logit": float(np.abs(_said(yardstick, made_of)).max()),
         "details": details,
         "delegated": None if contents is None else contents.delegated,
         "notes": notes.explain(columns, contents) if timed else [],
@@ -106,9 +107,15 @@ def _bytes(target: str, path: Path) -> int:
     return sum(cost.file_bytes(file) for file in exporter.files(path))
 
 
-def _furthest(a: Predictions, b: Predictions) -> float:
-    """The largest difference of two logits; the largest float where it is not finite, which JSON cannot say."""
-    difference = float(np.abs(a.logits - b.logits).max())
+def _said(yardstick: Yardstick, predictions: Predictions) -> NDArray[Any]:
+    """The logits; of a language model, whose logits are not kept, the log probability of each token that was there."""
+    chosen_too = yardstick.task.target in ("next", "hidden")  # (log probability, number of the token chosen)
+    return predictions.logits[:, :1] if chosen_too else predictions.logits
+
+
+def _furthest(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """The largest difference of two numbers; the largest float where it is not finite, which JSON cannot say."""
+    difference = float(np.abs(a - b).max())
     return difference if np.isfinite(difference) else sys.float_info.max
 
 

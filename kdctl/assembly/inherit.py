@@ -235,15 +235,19 @@ def _projected(given: Mapping[str, Tensor], own: Mapping[str, Tensor], train: Sp
     if words is None or not isinstance(train, TokenSplit):
         message = "svd projects by embeddings of tokens, under BERT's names, and these models have none"
         raise ConfigError(Problem(message, key=f"{KEY}.widths", hint="widths: truncate takes the first units"))
-    width = next((own[name].shape[1] for name in own if name.endswith("position_embeddings.weight")), None)
-    if width not in (None, own[words].shape[1]):
-        message = f"the student's token embeddings are factorised: {own[words].shape[1]} wide, its states {width}"
-        raise ConfigError(Problem(message, key=f"{KEY}.widths", hint="leave `embedding` out of the student"))
+    for state, whose in ((own, "the student's"), (given, "the source's")):
+        width = next((state[name].shape[1] for name in state if name.endswith("position_embeddings.weight")), None)
+        if width not in (None, state[words].shape[1]):
+            message = f"{whose} token embeddings are factorised: {state[words].shape[1]} wide, its states {width}"
+            hint = "a model without factorised embeddings, or widths: truncate"
+            raise ConfigError(Problem(message, key=f"{KEY}.widths", hint=hint))
     counts = torch.bincount(train.ids.flatten().long(), minlength=len(given[words]))
     basis, kept = projection(given[words], counts, own[words].shape[1])
     axes = {name: found for name in given if (found := _axes(name)) is not None}
     if not any(name.endswith("pooler.dense.weight") for name in own):  # the classifier reads hidden states
         axes = {name: tuple(_STREAM if a == "pooled" else a for a in found) for name, found in axes.items()}
+    sizes = (given[words].shape[1], own[words].shape[1])
+    axes = {n: labels for n, labels in axes.items() if _runs_along(labels, given[n].shape, own[n].shape, sizes)}
     weights = _weights(given, axes)
     cut = {name: _cut(given[name].double(), own[name].shape, name, axes[name], basis, weights) for name in axes}
     return cut, kept
@@ -266,6 +270,12 @@ def projection(embeddings: Tensor, counts: Tensor, width: int) -> tuple[Tensor, 
 
 def _axes(name: str) -> tuple[str, ...] | None:
     return next((axes for pattern, axes in _AXES.items() if re.search(f"{pattern}$", name)), None)
+
+
+def _runs_along(labels: Sequence[str], theirs: Sequence[int], mine: Sequence[int], sizes: tuple[int, int]) -> bool:
+    """Whether the axes along the hidden state have its sizes; those of a bottleneck, under the same names, have not."""
+    pairs = zip(labels, theirs, mine, strict=True)
+    return all((a, b) == sizes for label, a, b in pairs if label in (_STREAM, "gain"))
 
 
 def _group(name: str, label: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kdctl import registry
-from kdctl.assembly.published import check_tokenizer
+from kdctl.assembly.published import check_pooling, check_tokenizer
 from kdctl.config.schema import ModelSpec, Normalize, TeacherSpec, TrainStage
 from kdctl.data.prepare import Data
 from kdctl.errors import ConfigError, MissingError, Problem
@@ -20,8 +20,14 @@ from kdctl.models import record as records
 from kdctl.models.record import Model, ModelRecord
 from kdctl.models.weights import load_weights
 from kdctl.runs import holds_model
-from kdctl.signals import TokenInput
+from kdctl.signals import TokenInput, find_logits
 
+_GIVEN = {
+    "sample": "an answer a sample",
+    "token": "an answer a token",
+    "vocabulary": "tokens",
+    "embedding": "embeddings of texts",
+}
 IMAGENET = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
@@ -39,6 +45,7 @@ def build_model(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str
     """
     with _under(key):
         model = _build(spec, data, key, stage_file)
+        model.record = replace(model.record, link=_link(data))
         check_fits(model.record, data, key)
     return model
 
@@ -58,6 +65,7 @@ def _under(key: str) -> Iterator[None]:
 
 def _build(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str], Path] | None) -> Model:
     own_classes = spec.classes if isinstance(spec, TeacherSpec) else None
+    check_pooling(spec, data)
     if own_classes is not None:
         model = _load_other_classes(spec, own_classes, data, key, stage_file)
     elif spec.stage is not None and stage_file is not None:
@@ -113,8 +121,18 @@ def _load_other_classes(
     return model
 
 
+def _link(data: Data) -> str:
+    """How logits become what the data's targets are: Task.link."""
+    if data.head == "embedding":
+        return "embedding"
+    targets = data.whole.targets
+    if targets.is_floating_point():
+        return "identity"
+    return "sigmoid" if targets.ndim == 2 else "softmax"
+
+
 def _record(spec: ModelSpec, data: Data) -> ModelRecord:
-    names = list(data.class_names)
+    names = [] if data.head == "embedding" else list(data.class_names)
     if data.tokens is not None:
         return ModelRecord(
             spec.kind, spec.arguments, len(names), names, image_shape=[], tokens=data.tokens, head=data.head
@@ -194,9 +212,9 @@ def _check_classes(record: ModelRecord, data: Data, key: str) -> None:
 def check_fits(record: ModelRecord, data: Data, key: str) -> None:
     """Refuses a model for other inputs or another number of classes than the data have."""
     if record.head != data.head:
-        message = f"the model answers for each {record.head}, and the task asks about each {data.head}"
+        message = f"the model gives {_GIVEN[record.head]}, and the task asks for {_GIVEN[data.head]}"
         raise ConfigError(Problem(message, key=key, hint="name weights that were trained on this task"))
-    if record.num_logits != len(data.class_names):
+    if record.num_logits != len(data.class_names) and data.head != "embedding":
         message = f"the model has {record.num_logits} classes, the data {len(data.class_names)}"
         raise ConfigError(Problem(message, key=key, hint="name weights that were trained on these classes"))
     if record.tokens != data.tokens:
@@ -225,3 +243,26 @@ def check_teacher(top1: float, chance: float, spec: TeacherSpec) -> None:
         message = f"the teacher is no better than chance: {top1:.1f} against {chance:.1f} percent"
         hint = "check its weights, `normalize` and class order; a deliberate control says `control: true`"
         raise ConfigError(Problem(message, key="teacher", hint=hint))
+
+
+@torch.no_grad()
+def check_causal(model: Model, key: str) -> None:
+    """Refuses a model that sees the tokens which it is asked about: its answers before a token change with it."""
+    tokens = model.record.tokens
+    if tokens is None:
+        return
+    text = model.record.example(1)
+    other = text.clone()
+    other[0, -1] = next(n for n in range(tokens.vocab_size) if n not in (tokens.pad, int(text[0, -1])))
+    training = {module: module.training for module in model.modules()}
+    try:
+        said = [find_logits(model.eval()(given))[:, :-1] for given in (text, other)]
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if not isinstance(said[0], torch.Tensor) or said[0].shape != said[1].shape:
+        return  # which the task refuses
+    if float((said[0] - said[1]).abs().max()) > 1e-5 * float(said[0].abs().max()):
+        message = f"{model.record.kind} sees later tokens, so that the next one is no question to it"
+        hint = "a decoder, such as kind: gpt; or task: {kind: masked_lm}"
+        raise ConfigError(Problem(message, key=key, hint=hint))

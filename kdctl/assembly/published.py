@@ -14,6 +14,8 @@ _TOKENIZER = "tokenizer.json"
 _OF_USE = ("version", "truncation", "padding")
 """What a tokenizer's file says of how it was used last, or is written."""
 _HUB = "huggingface:"
+_POOLING = Path("1_Pooling", "config.json")
+_WAYS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
 
 
 def check_tokenizer(spec: ModelSpec, data: Data) -> None:
@@ -32,6 +34,29 @@ def check_tokenizer(spec: ModelSpec, data: Data) -> None:
     if not same:
         message = f"the data's texts are made into numbers by another tokenizer than {path}"
         hint = f"data.tokenizer: {folder}; teacher and student read the same tokens, so both have that one"
+        raise ConfigError(Problem(message, key="weights", hint=hint))
+
+
+def check_pooling(spec: ModelSpec, data: Data) -> None:
+    """Refuses embeddings pooled in another way than the folder of their weights says (1_Pooling of sentence-transformers).
+
+    Raises ConfigError.
+    """
+    folder = _folder(spec) if data.head == "embedding" and spec.kind == "bert" else None
+    if folder is None or not (folder / _POOLING).is_file():
+        return
+    try:
+        told = json.loads((folder / _POOLING).read_text(encoding="utf-8"))
+        ways = [way for key, way in _WAYS.items() if told.get(key)]
+        other = [key for key, value in told.items() if key.startswith("pooling_mode_") and value and key not in _WAYS]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            Problem(f"this does not say how texts are pooled: {error}", file=str(folder / _POOLING))
+        ) from None
+    own = spec.arguments.get("pooling") or "mean"
+    if other or (ways and ways != [own]):
+        message = f"these weights were trained with the pooling {', '.join([*ways, *other])}, and the model has {own}"
+        hint = f"pooling: {ways[0]}" if ways and not other else "weights with the pooling mean or first"
         raise ConfigError(Problem(message, key="weights", hint=hint))
 
 

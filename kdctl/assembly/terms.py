@@ -15,6 +15,7 @@ from kdctl import registry
 from kdctl.config.schema import Component, LossSpec, TapPair, TrainStage
 from kdctl.errors import ConfigError, Problem
 from kdctl.losses.base import DryRun, Loss
+from kdctl.losses.tokens import check_padding
 from kdctl.methods.base import Term
 from kdctl.models.record import Model
 from kdctl.optim.schedules import WeightSchedule
@@ -77,13 +78,16 @@ def dry_run(
     signals = said(batch)
     if signals is not None and batch.strong is not None:
         signals = replace(signals, strong=said(batch.strongly()))
-    if signals is not None and signals.logits.shape != seen.logits.shape:
+    unlike = signals is not None and signals.logits.shape != seen.logits.shape
+    if signals is not None and unlike and task.link != "embedding":
         got, own = tuple(signals.logits.shape[1:]), tuple(seen.logits.shape[1:])
         raise ConfigError(Problem(f"the teacher's outputs have shape {got}, the student's {own}", key="teacher"))
     for term in terms:
         nets = [] if teacher is None else [model.net for model in teacher.models]
         with _of_term(term):
-            term.loss.setup(DryRun(task, batch, _detached(seen), signals, num_samples, trial.net, nets))
+            run = DryRun(task, batch, _detached(seen), signals, num_samples, trial.net, nets)
+            check_padding(term.loss, run)
+            term.loss.setup(run)
     for term in terms:
         term.loss.eval()
         term.loss.bind(trial.net)

@@ -151,7 +151,8 @@ def _model_text(model: dict[str, Any]) -> str:
     origin += f" from stage {model['from']}" if model["from"] else ""
     if "inherit" in model:
         parts = "embeddings" if model["inherit"]["parts"] == "embeddings" else "weights"
-        origin += f" with {parts} of {model['inherit']['source'].replace('teacher', 'the teacher', 1)}"
+        source = model["inherit"]["source"]
+        origin += f" with {parts} of {'the teacher' if source == 'teacher' else source}"
     return model["kind"] + _arguments_text(model["arguments"]) + origin
 
 

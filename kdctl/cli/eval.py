@@ -11,7 +11,10 @@ from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
 from kdctl.errors import MissingError, UsageError, did_you_mean
 
 _SPLITS = ("train", "val", "test")
-_QUALITY = {"brier": "Brier", "adaptive_ece": "adaptive ece", "balanced_accuracy": "balanced", "macro_f1": "macro F1"}
+_QUALITY = {
+    "brier": "Brier", "adaptive_ece": "adaptive ece", "balanced_accuracy": "balanced", "macro_f1": "macro F1",
+    "entity_f1": "entity F1",
+}  # fmt: skip
 """What is shown of a model's quality beside its metrics, and how it is called."""
 
 
@@ -88,9 +91,11 @@ def show(document: dict[str, Any]) -> None:
         console.out(f"agreement with the {whom} {document['agreement']:.2f} %")
     for line in _lines(document):
         console.out(line)
-    measured = [row for row in document["per_class"] if row["top1"] is not None]
-    worst = sorted(measured, key=lambda row: row["top1"])[:3]
-    console.out("worst classes: " + ", ".join(f"{row['name']} {row['top1']:.1f}" for row in worst))
+    metric = next((key for row in document["per_class"] for key in row if key not in ("name", "samples")), None)
+    measured = [row for row in document["per_class"] if row[metric] is not None]
+    worst = sorted(measured, key=lambda row: row[metric])[:3]
+    if worst:
+        console.out("worst classes: " + ", ".join(f"{row['name']} {row[metric]:.1f}" for row in worst))
     for note in document.get("notes", []):
         console.out(f"note: {note}")
 
@@ -100,7 +105,7 @@ def _lines(document: dict[str, Any]) -> list[str]:
     lines = []
     for who, quality in (document.get("quality") or {}).items():
         if quality is not None:
-            text = ", ".join(f"{name} {_number(quality[key])}" for key, name in _QUALITY.items())
+            text = ", ".join(f"{name} {_number(quality[key])}" for key, name in _QUALITY.items() if key in quality)
             scaled = quality["scaled"]
             if scaled is not None:
                 text += f"; at temperature {_number(quality['temperature'])} ece {_number(scaled['ece'])}, "

@@ -13,6 +13,8 @@ from kdctl.errors import KdctlError, MissingError, Problem, UsageError
 
 _SHOWN = 200
 """So many rows are shown to people; -o and --json have all."""
+_NUMBERS = 6
+"""So many numbers of an embedding."""
 
 
 def predict(
@@ -102,21 +104,42 @@ def _device(name: str | None) -> str:
 
 
 def show(document: dict[str, Any]) -> None:
-    """A row an input: the class, its probability in percent, and the next ones."""
-    rows = [
-        [
-            row["input"], row["label"], f"{100 * row['probability']:.2f}",
-            ", ".join(f"{other['label']} {100 * other['probability']:.2f}" for other in row["top"][1:]),
-        ]
-        for row in document["predictions"][:_SHOWN]
-    ]  # fmt: skip
-    with_others = any(row[3] for row in rows)
+    """A row an input: the class, its probability in percent, and the next ones; or what else the model says of it."""
+    said = document["predictions"][:_SHOWN]
+    head, rows = _table(said)
     if rows:
-        console.print_table(
-            ["input", "label", "%", "then"][: 3 + with_others], [row[: 3 + with_others] for row in rows]
-        )
+        console.print_table(head, rows)
     left = document["samples"] - len(rows)
     if left:
         console.out(f"and {left:,} more, which -o FILE or --json has")
     if document["written"]:
         console.out(f"wrote {document['written']}")
+
+
+def _table(said: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows for predictions of one kind."""
+    if said and "value" in said[0]:
+        return ["input", "value"], [[row["input"], f"{row['value']:.4f}"] for row in said]
+    if said and "embedding" in said[0]:
+        rows = [[row["input"], str(len(row["embedding"])), _begun(row["embedding"])] for row in said]
+        return ["input", "numbers", "the first ones"], rows
+    if said and "words" in said[0]:
+        texts = [" ".join(f"{word['word']}/{word['label'] or '-'}" for word in row["words"]) for row in said]
+        return ["input", "words"], [[row["input"], text] for row, text in zip(said, texts, strict=True)]
+    if said and "labels" in said[0]:
+        rest = [[one for one in row["top"] if one not in row["labels"]] for row in said]
+        rows = [[row["input"], _told(row["labels"]) or "-", _told(more)] for row, more in zip(said, rest, strict=True)]
+        return ["input", "labels, %", "below one half"], rows
+    rows = [
+        [row["input"], row["label"], f"{100 * row['probability']:.2f}", _told(row["top"][1:])] for row in said
+    ]  # fmt: skip
+    columns = 3 + any(row[3] for row in rows)
+    return ["input", "label", "%", "then"][:columns], [row[:columns] for row in rows]
+
+
+def _begun(embedding: list[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in embedding[:_NUMBERS]) + (" ..." if len(embedding) > _NUMBERS else "")
+
+
+def _told(classes: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{one['label']} {100 * one['probability']:.2f}" for one in classes)

@@ -18,6 +18,8 @@ _PAUSE_S = 0.1
 _BAR = (8, 30)
 """Least and most characters of the bar."""
 _GAP = "  "
+_BESIDE = ("top1", "nll", "bce", "mse")
+"""Metrics that an epoch shows beside the task's first one."""
 _LAYOUTS = [
     ("epoch", "done", "loss", "terms", "lr", "rate", "left"),
     ("epoch", "done", "terms", "lr", "rate", "left"),
@@ -143,7 +145,8 @@ def _epoch_parts(line: Mapping[str, Any], epochs: int, left: float) -> list[Part
     for name, value in line["terms"].items():
         share = f" [{100 * shares[name]:.0f} %]" if name in shares else ""
         terms.append(f"{name} {value:.4f}{share}")
-    val = " ".join(f"{name} {value:.2f}" for name, value in line["val"].items() if name in ("top1", "nll"))
+    first = next(iter(line["val"]), None)
+    val = " ".join(f"{name} {value:.2f}" for name, value in line["val"].items() if name in (first, *_BESIDE))
     parts = [
         (0, f"{line['stage']} {line['epoch']:>3}/{epochs}"),
         (1, f"loss {line['loss']:.4f}"),

@@ -58,6 +58,10 @@ def train(
         return processes.lead(lambda: reply(lambda: experiment.train(plan, reporter)))
 
 
+_METRICS = 4
+"""So many metrics of a model are shown."""
+
+
 def reply(work: Callable[[], dict[str, Any]]) -> Reply:
     """The reply of a training command. Exits with 6 where an artefact misses a gate of its stage; where the work was
     interrupted, says which run was saved and exits with the signal's code."""
@@ -92,7 +96,7 @@ def show(document: dict[str, Any]) -> None:
 def _show_run(document: dict[str, Any]) -> None:
     student, teacher = document["student"], document["teacher"]
     split = next(k for k in student["last"])
-    names = [n for n in ("top1", "top5", "nll", "ece") if n in student["last"][split]]
+    names = list(student["last"][split])[:_METRICS]
     shipped = "student, best" if student["kept"] == "best" else "student, shipped"
     rows = [[shipped, *_row(student["best"][split], names)]]
     rows.append(["student, last epoch", *_row(student["last"][split], names)])
@@ -109,7 +113,7 @@ def _show_run(document: dict[str, Any]) -> None:
 
 
 def _row(metrics: dict[str, float], names: list[str]) -> list[str]:
-    return [_number(metrics[name], 4 if name == "nll" else 2) for name in names]
+    return [_number(metrics[name], 4 if name in ("nll", "bce", "mse") else 2) for name in names]
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -2,6 +2,7 @@
 
 COMPRESSORS = {
     "prune": ("prune:Prune", "fewer channels, heads and hidden units, by importance, under a budget"),
+    "prune_heads": ("prune_heads:PruneHeads", "fewer attention heads and feed-forward units of a transformer"),
     "low_rank": ("low_rank:LowRank", "layers as chains of smaller ones: SVD, Tucker-2, CP"),
     "drop_layers": ("drop_layers:DropLayers", "whole residual or transformer blocks, by what they change"),
     "sparsify": ("sparsify:Sparsify", "the smallest weights become zero, free or N of every M"),

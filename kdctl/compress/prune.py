@@ -74,7 +74,7 @@ class Prune(Reshape):
         """The narrower model. Raises ConfigError for a pattern that names no layer or an importance that the net does
         not have, KdctlError where nothing can be removed, the budget cannot be met, or a layer breaks."""
         if model.record.tokens is not None:
-            hint = "drop_layers and low_rank make models of texts smaller, quantize their files"
+            hint = "prune_heads, drop_layers and low_rank make models of texts smaller"
             raise ConfigError(Problem("prune is for models of images so far; the model takes texts", hint=hint))
         model = copy.deepcopy(model).cpu().float().eval()
         channels = follow(model)

@@ -12,7 +12,7 @@ from kdctl.config.yaml_io import KeyPath
 from kdctl.errors import KdctlError
 from kdctl.runs import holds_model
 
-_LAYERED = ("bert", "tiny_transformer")
+_LAYERED = ("bert", "mobilebert", "tiny_transformer")
 """Kinds whose `depth` is the number of the layers that are taken over one by one."""
 _WIDTHS = ("width", "hidden", "embedding", "positions")
 

@@ -50,7 +50,8 @@ class Split:
     targets: of each sample its class, int64 (N,), or which of C classes it has, int64 (N, C) of 0 and 1, both IGNORE
     where there is no label; or a number, float32 (N,), NaN where there is none. index: int64 (N,), each sample's
     number: what its augmentation and stored teacher outputs are keyed by. head: what a model answers for: "sample",
-    or, of texts, "token", or "vocabulary": which token stands at each place.
+    or, of texts, "token", "vocabulary": which token stands at each place, or "embedding":
+    a vector of each, which targets only measure.
     """
 
     targets: Tensor
@@ -236,7 +237,7 @@ class Dataset:
     """Of texts: the content of the tokenizer's file."""
 
     def __post_init__(self) -> None:
-        if not self.class_names:
+        if not self.class_names and self.train.head != "embedding":
             raise ConfigError("the data set names no classes")
         for name, split in self.splits():
             _check_split(name, split, self.input_shape, len(self.class_names))
@@ -357,7 +358,7 @@ def _check_split(name: str, split: Any, shape: Shape, num_classes: int) -> None:
     targets = split.targets
     if targets.ndim == 2 and targets.shape[1] != num_classes:
         raise ConfigError(f"the {name} split has targets of {targets.shape[1]} classes, and there are {num_classes}")
-    if targets.is_floating_point() or split.head != "sample":
+    if targets.is_floating_point() or split.head not in ("sample", "embedding"):
         return
     largest = num_classes - 1 if targets.ndim == 1 else 1
     wrong = targets[((targets < 0) & (targets != IGNORE)) | (targets > largest)]

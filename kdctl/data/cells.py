@@ -141,11 +141,11 @@ def numbers_of(names: Sequence[str], given: bool) -> dict[str, int]:
     return number_of
 
 
-KINDS = ("class", "classes", "number", "tags")
+KINDS = ("class", "classes", "number", "tags", "embedding")
 
 
 def cells_of(target: str, separator: str) -> OneClass:
     """What the cells of a column hold, by the target of the task."""
     if target == "classes":
         return SeveralClasses(separator)
-    return {"class": OneClass, "number": Number, "tags": Tags}[target]()
+    return {"class": OneClass, "embedding": OneClass, "number": Number, "tags": Tags}[target]()

@@ -30,6 +30,7 @@ _TARGETS = {
     "tags": "a class of each word",
     "next": "the next token of texts",
     "hidden": "hidden tokens of texts",
+    "embedding": "embeddings of texts",
 }
 """What a task learns, in words."""
 

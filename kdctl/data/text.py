@@ -30,7 +30,8 @@ class Text(Source):
     `separator` in between, or in JSON a list; empty is no label, and an empty list is none of the classes. Of a
     regression a number. Of token_classification a text is a list of words in .jsonl (`tokens`, with `tags` of the same
     length), or a sentence of a CoNLL file (.conll or .txt: a word a line, an empty line between two sentences); the
-    first token of a word carries its tag, and words beyond max_length have none.
+    first token of a word carries its tag, and words beyond max_length have none. Of sentence_embedding a class, which
+    measures the embeddings and is not learnt; no text needs one.
 
     root: the folder of the files, which may be packed as .xz or .gz. train, val, test: their names in it. columns: the
     names of the columns of files without a header; of CoNLL files they are the words in the first and the tags in the
@@ -70,7 +71,7 @@ class Text(Source):
         self.class_names = class_names
         self.tokenizer = None if tokenizer is None else Path(tokenizer).expanduser()
         self.vocab_size, self.max_length = vocab_size, max_length
-        self.words = target == "tags"
+        self.words, self.embeds = target == "tags", target == "embedding"
         self._check(target, separator)
         self.cells = cells.cells_of(target, separator)
 
@@ -191,7 +192,7 @@ class _Read:
     def names(self) -> list[str]:
         """The labels that there are."""
         names = self.source.cells.names(self.cells)
-        if not names:
+        if not names and not self.source.embeds:
             hint = "data.label names the column; data.class_names the classes, where no text has a label"
             raise ConfigError(Problem("no text of this file has a label", file=str(self.path), hint=hint))
         return names
@@ -208,7 +209,8 @@ class _Read:
         targets = self.source.cells.targets(self.cells, number_of, len(names))
         encoded, words = self._encoded(tokenizer, tokens)
         if words is None:
-            return TokenSplit.of(encoded, targets, tokens)
+            asks = "embedding" if self.source.embeds else "targets"
+            return TokenSplit.of(encoded, targets, tokens, asks=asks)
         return TokenSplit.of(encoded, targets, tokens, tags=self._tags(words, number_of), asks="tags")
 
     def _tags(self, words: list[NDArray[np.int32]], number_of: dict[str, int]) -> torch.Tensor:

@@ -28,7 +28,7 @@ _WINDOW = 64
 """Batches among which texts of like length are brought together."""
 HIDDEN_SHARE = 0.15
 """How many of its tokens are hidden from a model that learns to tell them (Devlin et al., BERT, NAACL 2019)."""
-_HEADS = {"tags": "token", "next": "vocabulary", "hidden": "vocabulary"}
+_HEADS = {"tags": "token", "next": "vocabulary", "hidden": "vocabulary", "embedding": "embedding"}
 
 
 class TokenSplit(Split):
@@ -36,8 +36,9 @@ class TokenSplit(Split):
 
     ids: int32 (T,). starts: int64 (N + 1,), where each text begins and the last one ends. tokens: what the numbers
     mean. targets, index: as of Split. tags: int32 (T,), the class of each token, IGNORE where it has none. asks: what a
-    model is to answer: "targets" of the texts; "tags"; "next", the token after each; or "hidden", those tokens that are
-    hidden from it, other ones in each view. Of the last three, targets only say with IGNORE which texts are unlabelled.
+    model is to answer: "targets" of the texts; "embedding", a vector of each, which targets only measure; "tags"; "next",
+    the token after each; or "hidden", those tokens that are hidden from it, other ones in each view. Of the last three,
+    targets only say with IGNORE which texts are unlabelled.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class TokenSplit(Split):
 
     def posed(self, rows: Tensor, inputs: Tensor, view: Tensor) -> Posed:
         """As Split has it. Of tokens, `keep` says which are asked about, with or without an answer that is known."""
-        if self.asks == "targets":
+        if self.asks in ("targets", "embedding"):
             return Posed(inputs, self.targets[rows])
         if self.asks == "tags":
             assert self.tags is not None

@@ -24,6 +24,7 @@ def describe(
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (NAME, "result.json"))
     tokens = getattr(predictor, "tokens", None)
     shape = list(predictor.image_shape) if tokens is None else ["length"]
+    of_tokens = [] if getattr(predictor, "head", "sample") in ("sample", "embedding") else ["length"]
     takes = preprocessing(predictor.image_shape, tokens)
     return {
         "format": 1,
@@ -38,7 +39,8 @@ def describe(
             "layout": takes["layout"],
         }],
         "outputs": [{
-            "name": predictor.output, "shape": [predictor.fixed_batch or "batch", predictor.num_classes],
+            "name": predictor.output,
+            "shape": [predictor.fixed_batch or "batch", *of_tokens, predictor.num_classes],
             "dtype": "float32",
         }],
         "preprocessing": takes,

@@ -1,7 +1,8 @@
 """ONNX: a model as a file that ONNX Runtime (and most other runtimes) opens, and that file as a predictor.
 
 Preprocessing is inside the graph: it takes float images (N, C, H, W) in [0, 1], any N, and gives logits (N, classes).
-A model of texts takes token numbers, int64 (N, L), any N and L, and finds mask and segments in them itself.
+A model of texts takes token numbers, int64 (N, L), any N and L, and finds mask and segments in them itself; one that
+answers for each token gives logits (N, L, classes).
 Importing this file does not import torch, so that a process that measures the file holds ONNX Runtime alone.
 """
 
@@ -178,14 +179,17 @@ class OnnxPredictor(FilePredictor):
         told = self.metadata.get("preprocessing")
         tokens = told.get("tokens") if isinstance(told, dict) and len(shape) == 2 else None
         images = len(shape) == 4 and all(isinstance(d, int) for d in shape[1:])
-        if not (images or tokens) or len(outputs[0].shape) != 2:
+        if not (images or tokens) or len(outputs[0].shape) not in ((2, 3) if tokens else (2,)):
             raise KdctlError(f"{path} does not take images (N, C, H, W) or texts and give logits (N, classes)")
         self.tokens = None if tokens is None else Tokens.of(tokens)
         self.input, self.output = inputs[0].name, outputs[0].name
         self.fixed_batch = shape[0] if isinstance(shape[0], int) else None
         self.image_shape = tuple(shape[1:]) if self.tokens is None else (self.tokens.length,)
-        self.num_classes = int(outputs[0].shape[1])
+        self.num_classes = int(outputs[0].shape[-1])
         self.class_names = list(self.metadata.get("class_names", []))
+        record = self.metadata.get("record")
+        record = record if isinstance(record, dict) else {}
+        self.link, self.head = record.get("link", "softmax"), record.get("head", "sample")
 
     def __call__(self, images: Array) -> Floats:
         images = self._checked(images)
@@ -253,13 +257,13 @@ class Parity:
 
 def check_parity(a: Predicts, b: Predicts, images: Array, batch_size: int = 256) -> Parity:
     """Compares the logits of two predictors on images (N, C, H, W), or texts (N, L). Not finite: infinitely far."""
-    largest, same = 0.0, 0
+    largest, same = 0.0, 0.0
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         logits_a, logits_b = a(batch), b(batch)
         difference = float(np.abs(logits_a - logits_b).max())
         largest = max(largest, difference if np.isfinite(difference) else float("inf"))
-        same += int((logits_a.argmax(1) == logits_b.argmax(1)).sum())
+        same += float((logits_a.argmax(-1) == logits_b.argmax(-1)).mean()) * len(batch)
     return Parity(largest, 100.0 * same / len(images), len(images))
 
 

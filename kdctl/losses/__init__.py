@@ -34,6 +34,7 @@ LOSSES = {
         "reverse KL to a mixture of both (Ko et al., ICML 2024)",
     ),
     "tv_distance": ("tv_distance:TVDistance", "total variation distance of probabilities (Wen et al., ACL 2023)"),
+    "uld": ("uld:ULD", "distance of sorted probabilities, across vocabularies (Boizard et al., 2024)"),
     "top_k_kl": ("top_k_kl:TopKKL", "KL over the teacher's k most probable classes and the mass of the rest"),
     "balanced_kd": ("balanced_kd:BalancedKD", "kd with rare classes weighted up (Zhang et al., 2023)"),
     "binary_kd": (

@@ -23,6 +23,7 @@ class TappedLoss(Loss):
 
     needs_taps: ClassVar[bool | None] = True
     needs_logits: ClassVar[bool] = False
+    links: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid", "identity", "embedding")
 
     def count(self, batch: Batch) -> int | Tensor:
         return batch.size

@@ -50,7 +50,8 @@ class AttentionMSE(TokenLoss):
         if student.shape[2:] != teacher.shape[2:]:
             raise ConfigError("the numbers of tokens differ", hint="both models must read the same tokens")
         if self.heads == "each" and student.shape[1] != teacher.shape[1]:
-            raise ConfigError("the numbers of heads differ", hint="use heads: mean")
+            message = f"the numbers of heads differ: {student.shape[1]} and {teacher.shape[1]}"
+            raise ConfigError(message, hint="heads: mean, or token_relations on queries, keys and values")
         return nn.Identity()
 
     def token_pairs(self, student: Signals, teacher: Signals | None, batch: Batch) -> list[tuple[Tensor, Tensor]]:

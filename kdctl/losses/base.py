@@ -47,12 +47,15 @@ class Loss(nn.Module):
     batchwise: ClassVar[bool] = False
     """Defined on a batch as a whole (relations, contrast): micro-batches would change it."""
     links: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid", "identity")
-    """The kinds of logits it is meant for."""
+    """The kinds of logits it is meant for; "embedding" where it looks at none, for these may be of different widths."""
 
     sees_members: ClassVar[bool] = False
     """Whether it looks at several teachers one by one (`Signals.members`) instead of at what they say together."""
     sees_streams: ClassVar[bool] = False
     """Whether it looks at the strongly augmented version itself (`Signals.strong`). Others are applied to both."""
+
+    leaves_padding_out: ClassVar[bool] = False
+    """Whether it may be given states of tokens some of which are padding."""
 
     taps: tuple[tuple[str, str], ...] = ()
     """(student tap, teacher tap) pairs, set by `build` from the term's `taps:`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdctl.errors import ConfigError, Problem
 from kdctl.losses.adapters import FeatureLoss, align, linear_adapter, token_mask
-from kdctl.losses.base import DryRun
+from kdctl.losses.base import DryRun, Loss
 from kdctl.signals import Batch, Signals
 
 _NORM_EPS = 1e-12
@@ -27,6 +27,7 @@ class TokenLoss(FeatureLoss):
     that are zero in both models where they are padding, so that padding adds nothing.
     """
 
+    leaves_padding_out: ClassVar[bool] = True
     masked: bool = False
     """Whether the batch says which tokens are padding."""
     rank: ClassVar[int] = 3
@@ -80,6 +81,22 @@ class TokenLoss(FeatureLoss):
                 hint = "tap places with one state a token in both models; other places in a term of their own"
                 raise ConfigError(Problem(message, key="taps", hint=hint))
         return True
+
+
+def check_padding(loss: Loss, dry_run: DryRun) -> None:
+    """Raises ConfigError where a loss would compare padding: it is given states of tokens, and knows no mask."""
+    mask = _padding_mask(dry_run.batch)
+    if mask is None or loss.leaves_padding_out or not loss.taps:
+        return
+    pairs = loss.feature_pairs(dry_run.student, dry_run.teacher) if dry_run.teacher is not None else []
+    for pair in pairs:
+        for feature in pair:
+            if feature.ndim > 2 and mask.shape[1] in (feature.shape[1], feature.shape[-1]):
+                message = f"a tap gives {tuple(feature.shape)}, and the padding among these tokens would count"
+                hint = (
+                    "hidden_mse, cosine, token_relations and attention_mse leave it out; or tap vectors (bert.pooler)"
+                )
+                raise ConfigError(Problem(message, key="taps", hint=hint))
 
 
 def lengths(batch: Batch) -> Tensor:

@@ -46,7 +46,8 @@ class QAT(Distill):
     It ships a model that still rounds; an int8 export takes its steps and ranges as they were learned. Taps keep their
     paths: a layer's is what it computes, that of a folded normalisation the same.
 
-    weight_bits, activation_bits: of each layer; activation_bits null keeps the inputs in float.
+    weight_bits, activation_bits: of each layer; activation_bits null keeps the inputs in float, as it has to be in
+        models of texts.
     first_last_bits: of the first and the last layer, which suffer most, where the bits of the others are fewer; null:
         the same as the others.
     per_channel: a step for each output channel of a weight, or one for all.
@@ -94,6 +95,10 @@ class QAT(Distill):
         if fake.is_quantized(student.net):
             hint = "method: distill trains it further as it is"
             raise ConfigError(Problem("the student is quantised already", key="method", hint=hint))
+        if student.record.tokens is not None and self.bits[1] is not None:
+            message = f"activation_bits: {self.bits[1]}, and no file of texts holds ranges of activations"
+            hint = "activation_bits: null learns the weights' steps alone; `quantize` without qat is dynamic for texts"
+            raise ConfigError(Problem(message, key="method.activation_bits", hint=hint))
         net, edits = _folded(student)
         paths = self._chosen(Model(net, student.record, student.base))
         edits += [{"edit": "fake_quant", "path": path, **self._arguments(path, paths)} for path in paths]

@@ -62,6 +62,7 @@ MODELS: dict[str, tuple[str, str] | tuple[str, str, dict[str, Any]]] = {
     "tiny_transformer": ("tiny_transformer:TinyTransformer", "small vision transformer over patches of small images"),
     "gpt": ("gpt:GPT", "a decoder for texts of any depth and width: language models"),
     "bert": ("bert:Bert", "BERT for texts, of any size; published encoders load into it"),
+    "mobilebert": ("mobilebert:MobileBert", "MobileBERT for texts: deep, and narrow inside each layer (ACL 2020)"),
     "reused_head": ("reused_head:ReusedHead", "the first part of a net under another's classifier (what simkd ships)"),
 }
 

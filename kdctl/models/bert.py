@@ -8,7 +8,7 @@ Taps, for layer i:
     bert.encoder.layer.<i>.attention.self.softmax:in    the same before the softmax
     bert.encoder.layer.<i>.intermediate                 the hidden layer of its perceptron, after the GELU
     bert.pooler                                         the text's embedding, (N, D)
-    classifier, cls                                     the logits
+    classifier, cls                                     the logits; of sentence_embedding there are none
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HIDDEN = -1e9
 
 
 class _Packing:
-    """Where the tokens of a padded batch are: layers work on the T tokens (T, D) alone, attention on the batch (N, L, D).
+    """Where the tokens of a padded batch are: layers work on the tokens (T, D), attention on the batch (N, L, D).
 
     mask: (N, L), 0 for padding.
     """
@@ -161,12 +161,12 @@ class _Encoder(nn.Module):
 
 
 class _Pooler(nn.Module):
-    """The text's embedding: the first token's hidden state behind a tanh layer, or the mean of its tokens."""
+    """The text's embedding: the first token's hidden state or the mean of its tokens, behind a tanh layer unless plain."""
 
-    def __init__(self, width: int, pooling: str) -> None:
+    def __init__(self, width: int, pooling: str, plain: bool) -> None:
         super().__init__()
         self.pooling = pooling
-        self.dense = nn.Linear(width, width)
+        self.dense = None if plain else nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.pooling == "mean":
@@ -174,7 +174,7 @@ class _Pooler(nn.Module):
             x = (x * weights).sum(1) / weights.sum(1).clamp_min(1)
         else:
             x = x[:, 0]
-        return torch.tanh(self.dense(x))
+        return x if self.dense is None else torch.tanh(self.dense(x))
 
 
 class _Bert(nn.Module):
@@ -214,7 +214,8 @@ class Bert(nn.Module):
 
     Where the task asks about each token, the classifier is on each hidden state; where it asks which token that is,
     it is BERT's own: a layer, a GELU and a normalisation, then the embeddings of the tokens themselves. Attention is to
-    both sides: for the token that comes next, `kind: gpt`.
+    both sides: for the token that comes next, `kind: gpt`. Where the task asks for embeddings, they are the pooled hidden
+    states themselves, without a layer behind them.
 
     Weights of published BERT encoders load as they are (`weights: FOLDER` with a model.safetensors): what such a file
     has not, as a rule the classifier and sometimes the pooler, keeps its initial values.
@@ -222,7 +223,7 @@ class Bert(nn.Module):
     depth: layers. width: of each token. heads: of attention, by which the width can be divided. hidden: units of each
     layer's perceptron, none for four times the width. embedding: width of the token embeddings, widened by a linear
     layer (ALBERT's factorisation); none for the full width. pooling: of what the text's embedding is made, the first
-    token or the mean of all. positions: the longest text that there are position embeddings for; none: that of the
+    token or the mean of all; none: the first, of embeddings the mean. positions: the longest text that there are position embeddings for; none: that of the
     data. dropout: share of units dropped in training.
     Source: Devlin et al., BERT, NAACL 2019; small ones: Turc et al., Well-Read Students Learn Better, 2019.
     """
@@ -235,7 +236,7 @@ class Bert(nn.Module):
         heads: PositiveInt = 2,
         hidden: PositiveInt | None = None,
         embedding: PositiveInt | None = None,
-        pooling: Literal["first", "mean"] = "first",
+        pooling: Literal["first", "mean"] | None = None,
         positions: PositiveInt | None = None,
         dropout: Fraction = 0.1,
         num_classes: int,
@@ -251,14 +252,16 @@ class Bert(nn.Module):
         if positions is not None and positions < max_length:
             message = f"{positions} positions for texts of up to {max_length} tokens"
             raise ConfigError(Problem(message, key="positions", hint=f"data.max_length: {positions}"))
+        embeds = head == "embedding"
+        pooling = pooling or ("mean" if embeds else "first")
         self.bert = _Bert(
             _Embeddings(vocab_size, positions or max_length, width, embedding, dropout),
             _Encoder(depth, width, heads, hidden or 4 * width, dropout),
-            _Pooler(width, pooling) if head == "sample" else None,
+            _Pooler(width, pooling, embeds) if head == "sample" or embeds else None,
         )
         if head == "vocabulary":
             self.cls = _Vocabulary(width, embedding or width, vocab_size)
-        else:
+        elif not embeds:
             self.dropout = nn.Dropout(dropout)
             self.classifier = nn.Linear(width, num_classes)
         self._initialise(pad)
@@ -277,7 +280,7 @@ class Bert(nn.Module):
         seen = self.bert(input_ids, attention_mask, token_type_ids)
         if hasattr(self, "cls"):
             return self.cls(seen, self.bert.embeddings.word_embeddings.weight)
-        return self.classifier(self.dropout(seen))
+        return self.classifier(self.dropout(seen)) if hasattr(self, "classifier") else seen
 
     def adopt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a published encoder's file under the names of this net, completed by those that it lacks."""
@@ -292,7 +295,8 @@ class Bert(nn.Module):
 
 
 def _own_name(name: str) -> str:
-    """The name here of a tensor of a published masked language model."""
+    """The name here of a tensor of a published model; the oldest ones call gains and offsets gamma and beta."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     return name.replace("cls.predictions.transform.", "cls.").replace("cls.predictions.bias", "cls.bias")
 
 

@@ -35,6 +35,7 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
         layers = (self.query, self.key, self.value)
         queries, keys, values = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in layers)
+        before = bool(past)
         if past is not None:
             if past:
                 keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
@@ -45,9 +46,7 @@ class _Attention(nn.Module):
             mixed = torch.matmul(self.dropout(self.softmax(scores.masked_fill(later, _UNSEEN))), values)
         else:
             share = self.dropout.p if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(
-                queries, keys, values, None, share, is_causal=keys.shape[2] == x.shape[1]
-            )
+            mixed = F.scaled_dot_product_attention(queries, keys, values, None, share, is_causal=not before)
         return self.dropout(self.output(mixed.transpose(1, 2).flatten(2)))
 
 

@@ -142,6 +142,9 @@ def _transformers() -> ModuleType:
         import transformers
     except ImportError as error:
         raise MissingError(_not_installed("transformers")) from error
+    if int(transformers.__version__.partition(".")[0]) < 5:  # 4.48 leaves tied biases at zero
+        message = f"transformers {transformers.__version__} is too old: 5.0 at least"
+        raise MissingError(Problem(message, hint="pip install -U 'kdctl[huggingface]'"))
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
@@ -212,11 +215,12 @@ def _does_not_take(name: str, error: Exception) -> Problem:
 
 def _create(library: ModuleType, settings: Any, head: str, attention: str, name: str) -> Any:
     """The net, newly initialised, in fp32."""
-    choices = _AUTO[head][:: -1 if getattr(settings, "is_decoder", False) else 1]
+    choices = _AUTO.get(head, ())[:: -1 if getattr(settings, "is_decoder", False) else 1]
     auto = next((a for a in (getattr(library, c) for c in choices) if type(settings) in a._model_mapping), None)
     if auto is None:
-        message = f"models of the type {settings.model_type} have no head that answers for each {head}"
-        raise ConfigError(Problem(message, key="kind", hint="the transformers library has none for this task"))
+        message = f"models of the type {settings.model_type} have no head for what the task asks of a model ({head})"
+        hint = "for embeddings of texts: kind: bert, with the same weights" if head == "embedding" else None
+        raise ConfigError(Problem(message, key="kind", hint=hint))
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         net = auto.from_config(settings, **chosen)
@@ -263,16 +267,23 @@ def weights_of_folder(net: Any, folder: Path) -> dict[str, Tensor]:
     except Exception as error:  # the library raises many kinds
         said = " ".join(str(error).split())[:300]
         raise ConfigError(Problem(f"the weights in {folder} cannot be loaded: {said}", key="weights")) from error
-    missing = list(report["missing_keys"])
     shapes = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    wrong = [name for name in (*missing, *shapes) if not _may_be_new(name, net.base_model_prefix)]
+    lacking = _not_loaded(theirs, {*report["missing_keys"], *shapes})
+    wrong = [name for name in lacking if not _may_be_new(name, net.base_model_prefix)]
     if wrong:
         more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         message = f"the weights in {folder} lack, or have in another shape, {', '.join(wrong[:_LISTED])}{more}"
         hint = "do the kind and the keys that you set fit these weights?"
         raise ConfigError(Problem(message, key="weights", hint=hint))
     own, loaded = net.state_dict(), theirs.state_dict()
-    return {name: own[name] if name in missing or name in shapes else loaded[name].float() for name in own}
+    return {name: own[name] if name in lacking else loaded[name].float() for name in own}
+
+
+def _not_loaded(net: nn.Module, names: set[str]) -> list[str]:
+    """Those of the names whose tensor is not that of a name that was loaded, as tied weights are."""
+    parameters = dict(net.named_parameters(remove_duplicate=False))
+    loaded = {id(value) for name, value in parameters.items() if name not in names}
+    return sorted(name for name in names if id(parameters.get(name)) not in loaded)
 
 
 def _may_be_new(name: str, base: str) -> bool:

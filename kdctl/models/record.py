@@ -56,7 +56,10 @@ class ModelRecord:
     """For each class of the data the net's own number of it, -1 where it has none; None where they are the same."""
     tokens: TokenInput | None = None
     head: str = "sample"
-    """What the model answers for: "sample", or of texts "token", or "vocabulary", which token stands at each place."""
+    """What the model answers for: "sample", or of texts "token", "vocabulary", which token stands at each place, or
+    "embedding", a vector of each text; that one has no classes."""
+    link: str = "softmax"
+    """How its logits become what it says: "softmax" over classes, "sigmoid" of each, or "identity", numbers as they are."""
     structure: list[dict[str, Any]] | None = None
     """What compression changed of the net that the class builds (models/structure.py), in order."""
 
@@ -101,8 +104,9 @@ class ModelRecord:
         for name in ("structure", "tokens"):
             if document[name] is None:
                 del document[name]
-        if self.head == "sample":
-            del document["head"]
+        for name, usual in (("head", "sample"), ("link", "softmax")):
+            if document[name] == usual:
+                del document[name]
         return document
 
     @classmethod

@@ -15,6 +15,12 @@ from kdctl.runs import Run
 
 FILE = "README.md"
 _LISTED_CLASSES = 20
+_MADE = {
+    "token-classification": "A tagger of the words",
+    "sentence-similarity": "An encoder",
+    "text-regression": "A regression",
+    "image-regression": "A regression",
+}
 
 
 def write_card(run: Run) -> str:
@@ -44,6 +50,9 @@ def card(facts: Facts) -> str:
         texts=bool(record.get("tokens")),
         pad=(record.get("tokens") or {}).get("pad"),
         kinds=_kind_of_input(record),
+        task=_task(record),
+        answers=_answers(record),
+        choice=_choice(record),
         classes=_classes(record.get("class_names") or []),
         data=f"`{data}`",
         limits=[str(line) for line in not_shown(facts)],
@@ -55,6 +64,38 @@ def card(facts: Facts) -> str:
 
 def _kind_of_input(record: Document) -> str:
     return "text" if record.get("tokens") else "image"
+
+
+def _task(record: Document) -> str:
+    """The task as model hubs tag it."""
+    if record.get("head") == "token":
+        return "token-classification"
+    if record.get("head") == "embedding":
+        return "sentence-similarity"
+    kind = _kind_of_input(record)
+    return f"{kind}-{'regression' if record.get('link') == 'identity' else 'classification'}"
+
+
+def _answers(record: Document) -> tuple[str, str]:
+    """The name of what the model's logits become in Python, and what makes it of them."""
+    if record.get("head") in ("token", "vocabulary"):
+        return "probabilities", ".softmax(dim=2)"
+    if record.get("head") == "embedding":
+        return "embeddings", ""
+    made = {"sigmoid": ("probabilities", ".sigmoid()"), "identity": ("numbers", "[:, 0]")}
+    return made.get(str(record.get("link")), ("probabilities", ".softmax(dim=1)"))
+
+
+def _choice(record: Document) -> str:
+    """What the model does with an input that is unlike those it has seen."""
+    if record.get("head") == "embedding":
+        return "it gives a vector, also for what is unlike all that it has seen"
+    if record.get("link") == "identity":
+        return "it gives a number, also for what its question makes no sense of"
+    if record.get("link") == "sigmoid":
+        return "it says of each of its classes whether it is there, and knows no others"
+    what = "a class for each word" if record.get("head") == "token" else "one of its classes"
+    return f"it always chooses {what}, also for one of none of them"
 
 
 def _length(record: Document) -> int:
@@ -77,7 +118,7 @@ def _what(facts: Facts, record: Document) -> str:
     lead = facts.lead
     student, teacher = lead.summary.get("student") or {}, lead.summary.get("teacher") or {}
     kind = record.get("kind") or student.get("kind") or "model"
-    text = f"A classifier of {_kind_of_input(record)}s, `{kind}`"
+    text = f"{_MADE.get(_task(record), 'A classifier')} of {_kind_of_input(record)}s, `{kind}`"
     if n.is_number(student.get("parameters")):
         text += f" with {student['parameters']:,} parameters"
     if teacher:

@@ -16,7 +16,11 @@ from kdctl.report.numbers import NONE, said, shown
 
 WITH_CONTROL = "kdctl train CONFIG --with-baseline --seeds 5"
 PLACEBOS = "kdctl train CONFIG --with-baseline --seeds 5 --controls random_teacher,shuffled_labels"
-UNITS = {"top1": "top-1, %", "top5": "top-5, %", "ece": "ECE, %", "nll": "NLL, nats", "map": "mAP, %"}
+UNITS = {
+    "top1": "top-1, %", "top5": "top-5, %", "ece": "ECE, %", "nll": "NLL, nats", "map": "mAP, %",
+    "macro_f1": "macro F1, %", "micro_f1": "micro F1, %", "bce": "BCE, nats", "spearman": "Spearman, %",
+    "pearson": "Pearson, %", "nearest": "nearest of its class, %", "mse": "MSE",
+}  # fmt: skip
 
 
 def label(name: str) -> str:

@@ -17,7 +17,7 @@ Number = int | float
 NONE = Markup('<span class="none" title="no number">–</span>')
 """What stands where there is no number."""
 
-FRACTIONS = {"nll", "brier", "kl", "js", "temperature", "loss", "mse", "perplexity"}
+FRACTIONS = {"nll", "bce", "brier", "kl", "js", "temperature", "loss", "mse", "perplexity"}
 """Metrics that are no percentages."""
 
 

@@ -18,6 +18,8 @@ from kdctl.report.plots import Series
 _MATRIX_NUMBERS, _MATRIX_SHADES, _DOTS, _ALL_CLASSES = 20, 100, 30, 100
 """Up to how many classes: the confusions as numbers, as shades; a drawing by class; a row for each class."""
 _WORST = 20
+_NAMES = {"top1": "top-1", "ap": "average precision"}
+"""The metric of single classes."""
 
 
 def _evaluated_by(facts: Facts) -> str:
@@ -41,6 +43,8 @@ def fidelity(facts: Facts) -> Section:
     if not known:
         if facts.lead.summary and not facts.lead.summary.get("teacher"):
             return section.missing("The stage that made the student had no teacher to be faithful to")
+        if facts.lead.evaluation.get("teacher"):
+            return section.missing("The agreement is in the summary; more is measured of classifiers alone")
         return section.missing("Fidelity is not measured", _evaluated_by(facts))
     section.blocks += _of_seed(facts)
     rows: list[list[Cell]] = [
@@ -85,6 +89,8 @@ def calibration(facts: Facts) -> Section:
     mine = ((control.evaluation.get("quality") or {}).get("student") if control else None) or None
     if mine:
         models[BASELINE] = mine
+    if not models and quality:
+        return section.missing("Calibration is measured of classifiers alone: of those that choose one class")
     if not models:
         return section.missing("Calibration is not measured", _evaluated_by(facts))
     section.blocks += _of_seed(facts)
@@ -124,21 +130,24 @@ def _reliability(models: dict[str, Document]) -> Figure:
 
 
 def classes(facts: Facts) -> Section:
-    """Top-1 by class beside control and teacher, groups by frequency, and what is taken for what."""
+    """Each class beside control and teacher, groups by frequency, and what is taken for what."""
     section = Section("classes", "Classes")
     evaluation = facts.lead.evaluation
     own = evaluation.get("per_class")
+    if own == []:
+        return section.missing("What the model says is no class")
     if not own:
         return section.missing("Classes are not measured one by one", _evaluated_by(facts))
     section.blocks += _of_seed(facts)
     control = facts.control()
     others = (control.evaluation.get("per_class") or []) if control else []
-    without = {row["name"]: row["top1"] for row in others}
+    metric = next(name for name in _NAMES if name in own[0])
+    without = {row["name"]: row.get(metric) for row in others}
     teacher = _teacher_classes(evaluation)
     section.blocks += _overall(evaluation.get("quality") or {})
     if len(own) <= _DOTS:
-        section.blocks.append(Figures([_class_dots(own, without, teacher)]))
-    section.blocks.append(_class_table(own, without, evaluation, bool(control)))
+        section.blocks.append(Figures([_class_dots(own, metric, without, teacher)]))
+    section.blocks.append(_class_table(own, metric, without, evaluation, bool(control)))
     section.blocks += _confusions(evaluation, [row["name"] for row in own])
     return section
 
@@ -176,7 +185,9 @@ def _overall(quality: Document) -> list[Block]:
     return blocks
 
 
-def _class_dots(own: Sequence[Document], without: dict[str, float], teacher: Sequence[tuple[int, int]]) -> Figure:
+def _class_dots(
+    own: Sequence[Document], metric: str, without: dict[str, float | None], teacher: Sequence[tuple[int, int]]
+) -> Figure:
     names = [str(row["name"]) for row in own]
     series: list[tuple[str, Sequence[float | None], int]] = []
     if teacher:
@@ -184,34 +195,37 @@ def _class_dots(own: Sequence[Document], without: dict[str, float], teacher: Seq
         series.append(("teacher", shares, plots.look_of("teacher")))
     if without:
         series.append((label(BASELINE), [without.get(row["name"]) for row in own], plots.look_of(BASELINE)))
-    series.append(("student", [row["top1"] for row in own], plots.look_of("student")))
+    series.append(("student", [row[metric] for row in own], plots.look_of("student")))
     told = "; ".join(
-        f"{row['name']}: student {row['top1']:.1f}"
+        f"{row['name']}: student {row[metric]:.1f}"
         + (f", control {without[row['name']]:.1f}" if n.is_number(without.get(row["name"])) else "")
         for row in own
-        if n.is_number(row["top1"])
+        if n.is_number(row[metric])
     )
-    drawn = plots.dots("classes-plot", "Top-1 by class", names, series, "top-1, %", f"Top-1 by class: {told}.")
-    return Figure(drawn, "Top-1 by class. A long bar between the markers: the models differ.")
+    title = f"{_NAMES[metric].capitalize()} by class"
+    drawn = plots.dots("classes-plot", title, names, series, f"{_NAMES[metric]}, %", f"{title}: {told}.")
+    return Figure(drawn, f"{title}. A long bar between the markers: the models differ.")
 
 
-def _class_table(own: Sequence[Document], without: dict[str, float], evaluation: Document, with_control: bool) -> Table:
+def _class_table(
+    own: Sequence[Document], metric: str, without: dict[str, float | None], evaluation: Document, with_control: bool
+) -> Table:
     teacher = _teacher_classes(evaluation)
-    order = sorted(range(len(own)), key=lambda i: (own[i]["top1"] is None, own[i]["top1"]))
+    order = sorted(range(len(own)), key=lambda i: (own[i][metric] is None, own[i][metric] or 0))
     shown = order if len(own) <= _ALL_CLASSES else order[:_WORST]
     rows: list[list[Cell]] = []
     for i in shown:
         row = own[i]
-        cells: list[Cell] = [said(row["name"]), n.count(row["samples"]), n.percent(row["top1"])]
+        cells: list[Cell] = [said(row["name"]), n.count(row["samples"]), n.percent(row[metric])]
         if with_control:
             other = without.get(row["name"])
-            cells += [n.percent(other), n.difference("top1", row["top1"], other)]
+            cells += [n.percent(other), n.difference(metric, row[metric], other)]
         if teacher:
             right, samples = teacher[i]
             share = f"100 * {right} / {samples}" if samples else ""
             cells.append(n.shown(100 * right / samples, n.two_places, share) if samples else NONE)
         rows.append(cells)
-    head: list[Cell] = ["class", "samples", "student, top-1 %"]
+    head: list[Cell] = ["class", "samples", f"student, {_NAMES[metric]} %"]
     head += ["control", "change"] if with_control else []
     head += ["teacher"] if teacher else []
     caption: Cell = "Classes, the worst of the student first"

@@ -23,8 +23,9 @@ class Task:
     """The metric that models are compared by; higher is better."""
     target: ClassVar[str] = "class"
     """What is learnt of a sample, which a data source is told: "class"; "classes", any number of them; "number"; of
-    texts "tags", a class a word, "next", the token after each, or "hidden", those that are hidden from the model."""
-    link: ClassVar[Literal["softmax", "sigmoid", "identity"]] = "softmax"
+    texts "tags", a class a word, "next", the token after each, "hidden", those that are hidden from the model, or
+    "embedding", nothing: a class, where a text has one, is what the model is measured by."""
+    link: ClassVar[Literal["softmax", "sigmoid", "identity", "embedding"]] = "softmax"
     """How its logits become what is learnt: Signals.link."""
 
     def collate(self, samples: Sequence[tuple[Any, Any, int]]) -> Batch:

@@ -26,7 +26,7 @@ class Multilabel(Task):
 
     primary: ClassVar[str] = "map"
     target: ClassVar[str] = "classes"
-    link: ClassVar[Literal["softmax", "sigmoid", "identity"]] = "sigmoid"
+    link: ClassVar[Literal["softmax", "sigmoid", "identity", "embedding"]] = "sigmoid"
 
     def num_labelled(self, batch: Batch) -> Tensor:
         return has_label(batch.targets).sum()

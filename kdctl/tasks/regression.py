@@ -19,7 +19,7 @@ class Regression(Task):
 
     primary: ClassVar[str] = "spearman"
     target: ClassVar[str] = "number"
-    link: ClassVar[Literal["softmax", "sigmoid", "identity"]] = "identity"
+    link: ClassVar[Literal["softmax", "sigmoid", "identity", "embedding"]] = "identity"
 
     def num_labelled(self, batch: Batch) -> Tensor:
         return has_label(batch.targets).sum()

@@ -30,7 +30,7 @@ class CachedTeacher(Teacher):
             return self.live(batch, wanted, logits)
         self.fill(batch)
         stored, features = self.store.signals(batch, wanted, logits)
-        places = batch.inputs.shape[1:] if self.live.models[0].record.head != "sample" else ()
+        places = batch.inputs.shape[1:] if self.live.models[0].record.head in ("token", "vocabulary") else ()
         empty = torch.empty(batch.size, *places, 0, device=batch.index.device)
         return self.live.task.signals(empty if stored is None else stored, batch, features)
 

@@ -9,9 +9,9 @@ steps of an epoch after --warmup others, without start-up, checkpoints and evalu
 
     live       the soft loss of logits, of a teacher that runs
     features   and hidden states of two layers through projections, attention of two layers over all heads
-    stored     the soft loss of logits that are there already. TextBrewer keeps them in memory, with the batches, which are
-               then the same in every epoch (BasicDistiller, is_caching_logits): `stored` is beside that. Its
-               GeneralDistiller, which it recommends for one teacher, cannot: `stored` is beside `live` of that too
+    stored     the soft loss of logits that are there already. TextBrewer keeps them in memory, with the batches, which
+               are then the same in every epoch (BasicDistiller, is_caching_logits): `to_textbrewer` of `stored`. Its
+               GeneralDistiller, which it recommends for one teacher, cannot: `to_live_textbrewer`
 
 Contenders of a case: kdctl in the precision that it chooses itself, kdctl-fp32, kdctl-sorted (as it trains when nobody
 stops it: texts of like length together), textbrewer (fp32; it has no other on CPUs: its fp16 needs apex), and
@@ -163,7 +163,7 @@ class Bench:
 
 
 def summarise(cells: dict[str, list[Cell]]) -> dict[str, Any]:
-    """Each contender's CPU time a step and texts a second of CPU time, and its ratios to TextBrewer's, round by round."""
+    """Each contender's CPU time a step and texts a second of it, and its ratios to TextBrewer's, round by round."""
     costs = {name: [1000 * BATCH * c["cpu_seconds"] / c["texts"] for c in found] for name, found in cells.items()}
     rows: dict[str, Any] = {}
     for name, own in costs.items():

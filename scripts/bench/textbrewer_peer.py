@@ -2,8 +2,8 @@
 
     PEERS/bin/python scripts/bench/textbrewer_peer.py live --batches batches.npz --teacher MINILM --warmup 10
 
-As its documentation has it: models of transformers, AdamW of torch, a data loader of dictionaries. What is timed are the
-optimizer's steps after --warmup others: the pass that fills its cache of logits, and checkpoints, are not.
+As its documentation has it: models of transformers, AdamW of torch, a data loader of dictionaries. What is timed are
+the optimizer's steps after --warmup others: the pass that fills its cache of logits, and checkpoints, are not.
 
     live       GeneralDistiller with the soft cross entropy of logits
     features   and hidden states of two layers through projections, attention of two layers summed over heads
@@ -26,7 +26,7 @@ import torch
 from _common import Cell, Meter, peak_mib
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # in this folder `textbrewer` is a script of ours
-from kdctl.torchvision_guard import ensure_torchvision
+from kdctl.torchvision_guard import ensure_torchvision  # noqa: E402
 
 ensure_torchvision()
 import textbrewer  # noqa: E402
@@ -124,7 +124,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fused", action="store_true", help="AdamW in one kernel, which torch offers and nobody asks for")
+    parser.add_argument(
+        "--fused", action="store_true", help="AdamW in one kernel, which torch offers and nobody asks for"
+    )
     options = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
     print(json.dumps(measure(options)))

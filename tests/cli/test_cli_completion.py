@@ -69,7 +69,7 @@ def bash(home: Path, *words: str) -> list[str]:
         (("explain", "attention_t"), ["attention_transfer"]),
         (("explain", "losses.dk"), ["losses.dkd"]),
         (("list", "los"), ["losses"]),
-        (("list", "losses", "attention_"), ["attention_transfer", "attention_mse"]),
+        (("list", "losses", "attention_"), ["attention_transfer", "attention_mse", "attention_kl"]),
         (("init", "quick"), ["quickstart"]),
         (("export", "--to", "onnx,open"), ["onnx,openvino"]),
         (("cache", "b"), ["build"]),

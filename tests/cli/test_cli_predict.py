@@ -20,6 +20,7 @@ from kdctl.evaluate import predict as predict_split
 from kdctl.export import manifest
 from kdctl.export.onnx import Onnx, open_predictor, record_metadata
 from kdctl.models.record import ModelRecord, build_model, load_model, save_model
+from kdctl.tasks.classification import Classification
 
 CLASSES = [f"class {digit}" for digit in range(10)]
 
@@ -67,7 +68,7 @@ def call(home, monkeypatch, capsys):
 def expected(home):
     """Probabilities of the test split, computed from the logits of evaluation."""
     model = quick(load_model(home / "runs" / "mine" / "001"))
-    logits = predict_split(TorchPredictor(model), Digits().load().test, 512).logits.astype(np.float64)
+    logits = predict_split(TorchPredictor(model), Digits().load().test, Classification(), 512).logits.astype(np.float64)
     exponentials = np.exp(logits)
     return exponentials / exponentials.sum(1, keepdims=True)
 
@@ -205,5 +206,5 @@ def test_a_bar_counts_every_image(home, monkeypatch):
     predictor = predicting.open_student(runs.find("mine"))
     predicting.predict_files(predictor, ["images/0", "gone.png"], bar=bar)
     predicting.predict_files(predictor, ["images/0", "grey.npy"], bar=bar)
-    predict_split(predictor, Digits().load().test, 64, bar)
+    predict_split(predictor, Digits().load().test, Classification(), 64, bar)
     assert seen == [[101, 101], [None, 600], [500, 500]]

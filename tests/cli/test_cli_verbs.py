@@ -148,8 +148,8 @@ def test_list_by_glob_part_and_alias(document):
     def names(pattern):
         return [item["name"] for item in document("list", "losses", pattern)["items"]]
 
-    assert names("attention*") == ["attention_transfer", "attention_mse"]
-    assert names("ATTENTION") == ["attention_transfer", "attention_mse"]
+    assert names("attention*") == ["attention_transfer", "attention_mse", "attention_kl"]
+    assert names("ATTENTION") == ["attention_transfer", "attention_mse", "attention_kl"]
     assert names("hint") == ["fitnet"]  # an alias
     assert names("at?ention_transfer") == ["attention_transfer"]
     assert "attention_transfer" not in names("transfer*")

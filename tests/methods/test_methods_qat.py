@@ -16,8 +16,10 @@ from kdctl import build
 from kdctl.build import Built
 from kdctl.errors import ConfigError
 from kdctl.evaluate import validate
-from kdctl.models.record import build_model, load_model, save_model
+from kdctl.methods.qat import QAT
+from kdctl.models.record import ModelRecord, build_model, load_model, save_model
 from kdctl.quant import fake
+from kdctl.signals import TokenInput
 
 KD = "losses: [{kind: kd, temperature: 2.0}]\n"
 CONTROL = "teacher: {kind: digits_cnn, width: 8, control: true}\n"
@@ -316,3 +318,16 @@ def test_a_quantised_student_is_not_quantised_again(tmp_path: Path) -> None:
     save_model(parts.method.student, tmp_path / "model")
     with pytest.raises(ConfigError, match="quantised already"):
         build_it(tmp_path, ALONE, f"student={{kind: digits_cnn, width: 4, weights: {tmp_path}/model.safetensors}}")
+
+
+def test_models_of_texts_learn_the_steps_of_weights_alone() -> None:
+    """No file of texts holds ranges of activations, which is said before anything is trained."""
+    tokens = TokenInput(vocab_size=20, length=6, pad=0)
+    student = build_model(ModelRecord("bert", {"depth": 1, "width": 8}, 2, ["a", "b"], [], tokens=tokens))
+    with pytest.raises(ConfigError, match="activation_bits: 8, and no file of texts") as caught:
+        QAT().prepare(student, [], lambda number: student)
+    assert caught.value.problems[0].key == "method.activation_bits"
+    rounding = QAT(activation_bits=None).prepare(student, [], lambda number: student).eval()
+    assert {bits(layer) for _, layer in fake.layers(rounding.net)} == {(8, None)}
+    texts = torch.tensor([[3, 4, 5, 0, 0, 0], [6, 7, 8, 9, 10, 11]])
+    torch.testing.assert_close(rounding(texts[:1]), rounding(texts)[:1], rtol=1e-4, atol=1e-5)

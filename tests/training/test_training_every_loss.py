@@ -38,7 +38,10 @@ ARGUMENTS = {
     "ctkd": "decay_epochs: 0",
     "attention_mse": "heads: mean",
 }
-ELSEWHERE = {"binary_kd": "its logits are of another link", "ca_mkd": "it needs several teachers"}
+ELSEWHERE = {
+    "binary_kd": "its logits are of another link", "ca_mkd": "it needs several teachers",
+    "attention_kl": "of attention: test_losses_texts.py", "token_relations": "of tokens: test_losses_texts.py",
+}  # fmt: skip
 
 
 def _text(kind: str) -> str:

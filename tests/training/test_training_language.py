@@ -193,3 +193,12 @@ def test_a_share_of_the_steps_is_on_policy() -> None:
 def test_what_cannot_be_written_is_refused(text: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         trained(text)
+
+
+def test_a_model_that_sees_the_answer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="bert sees later tokens") as caught:
+        trained(FILE.replace("kind: gpt", "kind: bert"))
+    assert caught.value.problems[0].key == "student"
+    with pytest.raises(ConfigError, match="bert sees later tokens") as caught:
+        trained(TAUGHT.replace("kind: gpt, depth: 2", "kind: bert, depth: 2"))
+    assert caught.value.problems[0].key in ("teacher", "student")

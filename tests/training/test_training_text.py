@@ -35,7 +35,7 @@ DISTILLED = (
 teacher: {kind: bert, depth: 2, width: 24, heads: 2, control: true, train: {epochs: 2}}
 losses:
   - {kind: kd, weight: 1, T: 2}
-  - {kind: fitnet, weight: 0.1, taps: [{student: bert.encoder.layer.0, teacher: bert.encoder.layer.1}]}
+  - {kind: hidden_mse, weight: 0.1, taps: [{student: bert.encoder.layer.0, teacher: bert.encoder.layer.1}]}
   - kind: attention_mse
     weight: 0.1
     taps:
@@ -123,8 +123,8 @@ def test_distilled_with_taps_with_and_without_a_store(folder: Path, run_it: Call
         run, _ = run_it(f"name={name}", "data.views=1", *more, text=DISTILLED)
         found[name] = outcome(run)
     lines = [line for line in found["filling"][1] if line["stage"] == "student"]
-    assert {"kd", "fitnet", "attention_mse"} <= set(lines[0]["terms"])
-    assert all(0 < line["terms"][name] < 100 for line in lines for name in ("kd", "fitnet", "attention_mse"))
+    assert {"kd", "hidden_mse", "attention_mse"} <= set(lines[0]["terms"])
+    assert all(0 < line["terms"][name] < 100 for line in lines for name in ("kd", "hidden_mse", "attention_mse"))
     assert found["reading"] == found["filling"]
     for one, other in zip(found["live"][1], found["filling"][1], strict=True):
         for name in ("kd", "attention_mse"):
