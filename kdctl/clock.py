@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 SECTIONS = ("data", "sampling", "teacher", "forward", "backward", "optimizer", "exchange", "evaluation")
-"""What training spends its time on; `sampling` is of texts, `exchange` between processes, `other` whatever is in none of them."""
+"""What training spends its time on. `sampling` is of texts, `exchange` between processes, `other` what is in none."""
 
 
 class Clock:

@@ -100,6 +100,8 @@ def control(experiment: Experiment) -> Experiment:
     mine = _student_stages(experiment)
     if not any(_alone(stage.losses) for stage in mine):
         hint = "the control needs a term without a teacher, for example {kind: ce, weight: 0.1}"
+        if experiment.task.kind == "sentence_embedding":
+            hint = "embeddings have no such term: compare with the untrained student, as docs/text.md says"
         raise ConfigError(Problem("no term is left without the teacher", key="losses", hint=hint))
     names = {stage.name for stage in mine}
     stages: list[Any] = []

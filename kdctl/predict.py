@@ -70,8 +70,8 @@ def predict_files(
 
     A prediction is {input, label, class, probability, top}: the most probable class and, in `top`, that many of them;
     probabilities are softmax in float64. Of several classes a sample it is {input, labels, top}, `labels` being those
-    whose probability is above one half, by a sigmoid each; of a number {input, value}; of an embedding {input, embedding},
-    its numbers in a list, of the length that they have; of tagged words {input, words},
+    whose probability is above one half, by a sigmoid each; of a number {input, value}; of an embedding
+    {input, embedding}, a list of its numbers, not scaled to a length; of tagged words {input, words},
     with word, label, class and probability of each, None for words beyond the model's length. Each file or image that
     cannot be read is one of `failed` {input, message, hint} and does not keep the others from being predicted. bar:
     shows how far it is, in images or texts. home: the folder of the run or the artefact, where the tokenizer of a model

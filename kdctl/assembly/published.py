@@ -38,9 +38,9 @@ def check_tokenizer(spec: ModelSpec, data: Data) -> None:
 
 
 def check_pooling(spec: ModelSpec, data: Data) -> None:
-    """Refuses embeddings pooled in another way than the folder of their weights says (1_Pooling of sentence-transformers).
+    """Refuses embeddings pooled in another way than the folder of their weights says, as sentence-transformers has it.
 
-    Raises ConfigError.
+    Folders without 1_Pooling are believed. Raises ConfigError.
     """
     folder = _folder(spec) if data.head == "embedding" and spec.kind == "bert" else None
     if folder is None or not (folder / _POOLING).is_file():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kdctl import registry
+from kdctl.config.embeddings import check_embedding
 from kdctl.config.inheritance import check_inherit
 from kdctl.config.schema import (
     Component,
@@ -28,7 +29,6 @@ Finding = tuple[KeyPath, str, str | None]
 
 _WAYS = "weights: a file, a run directory or `pretrained`; or train: {} to train it first; or control: true"
 _UNTRAINED = "name its weights, or train it for an epoch at least"
-_ON_EMBEDDINGS = "terms on features, such as {kind: cosine, weight: 1, taps: [bert.pooler]}, or pkt, rkd, hidden_mse"
 _ADD_TEACHER = "add teacher: {kind: ..., weights: ...}"
 
 
@@ -124,7 +124,7 @@ def _check_links(file: ExperimentFile) -> Iterator[Finding]:
     """Terms on probabilities of another kind than the task has: softmax where a sample has several labels, say."""
     link = _literal("tasks", file.task, "link", "softmax")
     if link == "embedding":
-        yield from _check_embedding(file)
+        yield from check_embedding(file, _teachers(("teacher",), file.teacher))
         return
     stages = [(i, stage) for i, stage in enumerate(file.stages or []) if isinstance(stage, TrainStage)]
     places: list[tuple[KeyPath, Sequence[LossSpec]]] = [(("losses",), file.losses or [])]
@@ -141,31 +141,6 @@ def _check_links(file: ExperimentFile) -> Iterator[Finding]:
     if file.distill is not None and link != "softmax":
         message = f"`distill` softens a softmax over classes, and {file.task.kind} has {link} logits"
         yield ("distill",), message, f"losses: [{{kind: supervised}}, {{kind: {fitting}}}]"
-
-
-def _check_embedding(file: ExperimentFile) -> Iterator[Finding]:
-    """What needs classes or labels, or logits of one shape, where a model gives embeddings."""
-    stages = [(i, stage) for i, stage in enumerate(file.stages or []) if isinstance(stage, TrainStage)]
-    places: list[tuple[KeyPath, Sequence[LossSpec]]] = [(("losses",), file.losses or [])]
-    places += [(("stages", index, "losses"), stage.losses) for index, stage in stages]
-    untold = file.losses is None and not all(stage.losses for _, stage in stages)
-    if file.distill is not None:
-        yield ("distill",), f"`distill` softens a softmax over classes, and {file.task.kind} has none", _ON_EMBEDDINGS
-    elif untold or (file.losses is None and file.stages is None):
-        yield ("losses",), f"{file.task.kind} has no loss of its own, and no terms are given", _ON_EMBEDDINGS
-    for path, losses in places:
-        for index, loss in enumerate(losses):
-            if "embedding" not in (_attribute(loss, "links", None) or ("embedding",)):
-                message = f"'{loss.kind}' looks at labels or logits, and {file.task.kind} has embeddings alone"
-                yield (*path, index), message, _ON_EMBEDDINGS
-    for path, spec in _teachers(("teacher",), file.teacher):
-        if spec.train is not None:
-            message = f"{file.task.kind} learns from a teacher, so this one cannot be trained here"
-            yield (*path, "train"), message, "weights: a folder of a sentence encoder, or a run"
-        if spec.classes is not None:
-            yield (*path, "classes"), "embeddings have no classes", "leave it out"
-    if file.teacher_cache is not None and file.teacher_cache.top_k is not None:
-        yield ("teacher_cache", "top_k"), "top_k keeps the largest logits, and embeddings are no logits", "leave it out"
 
 
 def _check_need(path: KeyPath, losses: Sequence[LossSpec], where: str) -> Iterator[Finding]:

@@ -201,9 +201,7 @@ class LossSpec(Component):
         1.0, description="a number, or {epoch: number} or {500 steps: number}, linear between"
     )
     taps: list[Tap | TapPair] = Field([], description="module paths; {student, teacher} where they differ")
-    force: bool = Field(
-        False, description="use it on logits it is not meant for: a softmax on several labels"
-    )
+    force: bool = Field(False, description="use it on logits it is not meant for: a softmax on several labels")
 
     @property
     def label(self) -> str:

@@ -32,10 +32,10 @@ class Corpus(Source):
     root: the folder of the files. train, val, test: their names in it. val_share, test_share: of a split without a
     file, how much of the end of the training text it gets instead. text: the key of the text in a .jsonl file.
     tokenizer: a tokenizer.json, or the folder of a model that has one; left out, one of `vocab_size` tokens is trained
-    on the training text. units: what its tokens are: `bpe`, pieces of any text; `wordpiece`, pieces of lower-case words,
-    as BERT has them; or all `characters`; left out, bpe, and where hidden tokens are learnt, wordpiece. max_length:
-    tokens of a block. Raises MissingError where a file is not there,
-    ConfigError where it holds no text or less than a block.
+    on the training text. units: what its tokens are: `bpe`, pieces of any text; `wordpiece`, pieces of lower-case
+    words, as BERT has them; or all `characters`; left out, bpe, and where hidden tokens are learnt, wordpiece.
+    max_length: tokens of a block. Raises MissingError where a file is not there, ConfigError where it holds no text or
+    less than a block.
     """
 
     def __init__(

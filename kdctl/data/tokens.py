@@ -36,9 +36,9 @@ class TokenSplit(Split):
 
     ids: int32 (T,). starts: int64 (N + 1,), where each text begins and the last one ends. tokens: what the numbers
     mean. targets, index: as of Split. tags: int32 (T,), the class of each token, IGNORE where it has none. asks: what a
-    model is to answer: "targets" of the texts; "embedding", a vector of each, which targets only measure; "tags"; "next",
-    the token after each; or "hidden", those tokens that are hidden from it, other ones in each view. Of the last three,
-    targets only say with IGNORE which texts are unlabelled.
+    model is to answer: "targets" of the texts; "embedding", a vector of each, which targets only measure; "tags";
+    "next", the token after each; or "hidden", those tokens that are hidden from it, other ones in each view. Of the
+    last three, targets only say with IGNORE which texts are unlabelled.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ class _SelfAttention(nn.Module):
         self.softmax = nn.Softmax(-1)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None, packing: _Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, packing: _Packing | None = None) -> Tensor:
         parts = (layer(x) for layer in (self.query, self.key, self.value))
         queries, keys, values = (self._heads(part if packing is None else packing.pad(part)) for part in parts)
         if self.softmax._forward_hooks or self.softmax._forward_pre_hooks:
@@ -112,7 +112,7 @@ class _Attention(nn.Module):
         self.self = _SelfAttention(width, heads, dropout)
         self.output = _Output(width, width, dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None, packing: _Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, packing: _Packing | None = None) -> Tensor:
         return self.output(self.self(x, bias, packing), x)
 
 
@@ -134,7 +134,7 @@ class _Layer(nn.Module):
         self.intermediate = _Intermediate(width, hidden)
         self.output = _Output(hidden, width, dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None, packing: _Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, packing: _Packing | None = None) -> Tensor:
         """x: (N, L, D), or the tokens (T, D) of a packing."""
         seen = self.attention(x, bias, packing)
         return self.output(self.intermediate(seen), seen)
@@ -145,7 +145,7 @@ class _Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(_Layer(width, heads, hidden, dropout) for _ in range(depth))
 
-    def forward(self, x: Tensor, bias: Tensor | None, packing: _Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, packing: _Packing | None = None) -> Tensor:
         """A layer that is tapped, or in which something is, gets the batch as it is: taps are (N, L, D)."""
         if packing is None:
             for layer in self.layer:
@@ -161,7 +161,7 @@ class _Encoder(nn.Module):
 
 
 class _Pooler(nn.Module):
-    """The text's embedding: the first token's hidden state or the mean of its tokens, behind a tanh layer unless plain."""
+    """The text's embedding: the first token's hidden state, or the mean of all; behind a tanh layer, unless plain."""
 
     def __init__(self, width: int, pooling: str, plain: bool) -> None:
         super().__init__()
@@ -214,8 +214,8 @@ class Bert(nn.Module):
 
     Where the task asks about each token, the classifier is on each hidden state; where it asks which token that is,
     it is BERT's own: a layer, a GELU and a normalisation, then the embeddings of the tokens themselves. Attention is to
-    both sides: for the token that comes next, `kind: gpt`. Where the task asks for embeddings, they are the pooled hidden
-    states themselves, without a layer behind them.
+    both sides: for the token that comes next, `kind: gpt`. Where the task asks for embeddings, they are the pooled
+    hidden states themselves, without a layer behind them.
 
     Weights of published BERT encoders load as they are (`weights: FOLDER` with a model.safetensors): what such a file
     has not, as a rule the classifier and sometimes the pooler, keeps its initial values.
@@ -223,8 +223,8 @@ class Bert(nn.Module):
     depth: layers. width: of each token. heads: of attention, by which the width can be divided. hidden: units of each
     layer's perceptron, none for four times the width. embedding: width of the token embeddings, widened by a linear
     layer (ALBERT's factorisation); none for the full width. pooling: of what the text's embedding is made, the first
-    token or the mean of all; none: the first, of embeddings the mean. positions: the longest text that there are position embeddings for; none: that of the
-    data. dropout: share of units dropped in training.
+    token or the mean of all; none: the first, of embeddings the mean. positions: the longest text that there are
+    position embeddings for; none: that of the data. dropout: share of units dropped in training.
     Source: Devlin et al., BERT, NAACL 2019; small ones: Turc et al., Well-Read Students Learn Better, 2019.
     """
 

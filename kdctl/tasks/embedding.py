@@ -24,10 +24,10 @@ _BLOCK = 1024
 class SentenceEmbedding(Task):
     """A vector a text, as a teacher has it: nearest neighbours.
 
-    There is no loss of its own: terms on the pooled states, `bert.pooler`, take them to the teacher's, or have the texts
-    of a batch lie to each other as the teacher's do, so that labels are not needed and widths may differ. Labels, where
-    there are some, measure: nearest is the percent of labelled texts whose nearest other labelled text of the split is
-    of the same class. Two models agree where a text has the same nearest neighbour in both.
+    There is no loss of its own: terms on the pooled states, `bert.pooler`, take them to the teacher's, or have the
+    texts of a batch lie to each other as the teacher's do, so that labels are not needed and widths may differ. Labels,
+    where there are some, measure: nearest is the percent of labelled texts whose nearest other labelled text of the
+    split is of the same class. Two models agree where a text has the same nearest neighbour in both.
     """
 
     primary: ClassVar[str] = "nearest"

@@ -184,7 +184,13 @@ def test_a_dump_is_readable_by_others_and_shows_every_hyperparameter(load):
     other = yaml.safe_load(dump_yaml(experiment))
     stage = other["stages"][1]
     assert list(stage)[:3] == ["kind", "name", "role"]
-    assert stage["losses"][0] == {"kind": "supervised", "weight": 0.1, "taps": [], "force": False, "label_smoothing": 0.1}
+    assert stage["losses"][0] == {
+        "kind": "supervised",
+        "weight": 0.1,
+        "taps": [],
+        "force": False,
+        "label_smoothing": 0.1,
+    }
     assert stage["losses"][1]["weight"] == {0: 0.0, 5: 0.9} and stage["losses"][1]["standardize"] is False
     assert stage["optimizer"]["eps"] == 1e-8 and stage["optimizer"]["lr"] == 3e-3
     assert other["train"]["max_minutes"] == 1.0 and "epochs" not in other["train"]

@@ -49,7 +49,7 @@ def test_a_classifier_is_still_pooled_by_its_first_token() -> None:
 def data(tmp_path: Path) -> Data:
     pytest.importorskip("tokenizers")
     (tmp_path / "train.tsv").write_text("text\tlabel\n" + "a film\tx\nthe book\ty\n" * 8)
-    spec = DataSpec(kind="text", root=str(tmp_path), test="train.tsv", vocab_size=40, max_length=8, val_fraction=0)  # type: ignore[call-arg]
+    spec = DataSpec(kind="text", root=str(tmp_path), test="train.tsv", vocab_size=40, max_length=8, val_fraction=0)
     return prepare(spec, target="embedding")
 
 
@@ -104,7 +104,7 @@ def test_a_model_of_another_task_is_refused(data: Data, tmp_path: Path) -> None:
     from kdctl.models.record import save_model
 
     classes = prepare(
-        DataSpec(kind="text", root=str(tmp_path), test="train.tsv", vocab_size=40, max_length=8, val_fraction=0)  # type: ignore[call-arg]
+        DataSpec(kind="text", root=str(tmp_path), test="train.tsv", vocab_size=40, max_length=8, val_fraction=0)
     )
     save_model(build_model(ModelSpec(kind="bert", **SIZES), classes, "student"), tmp_path / "made" / "student")
     with pytest.raises(ConfigError, match="gives an answer a sample, and the task asks for embeddings of texts"):

@@ -76,7 +76,7 @@ def test_a_narrower_student_learns_where_texts_lie(run_it: Callable[..., Any], f
     assert record["head"] == record["link"] == "embedding" and record["class_names"] == []
     kept, teacher = (np.load(run / "eval" / name)["logits"] for name in ("test.npz", "test.teacher.npz"))
     assert kept.shape == (40, 16) and teacher.shape == (40, 24)
-    text = card(collect(run))
+    text = card(collect([run]))
     assert "An encoder of texts" in text and "embeddings = model(tokens)" in text
 
     (folder / "new.txt").write_text("salt fish wave\nthe bird and a star\n")
@@ -85,9 +85,9 @@ def test_a_narrower_student_learns_where_texts_lie(run_it: Callable[..., Any], f
     assert [len(row["embedding"]) for row in said["predictions"]] == [16, 16]
 
     model = load_model(run / "student")
-    given = record_metadata(model.record.to_dict())
-    Exporter().export(model, folder / "small.onnx", given)
-    exported = OnnxPredictor(folder / "small.onnx")
+    path = folder / "small.onnx"
+    Exporter().convert(model, model.record.input_shape, path, record_metadata(model.record.to_dict()))
+    exported = OnnxPredictor(path, 1)
     assert (exported.head, exported.num_classes, exported.class_names) == ("embedding", 16, [])
     again = predict_files(exported, ["new.txt"], home=run.path)
     for one, other in zip(said["predictions"], again["predictions"], strict=True):
