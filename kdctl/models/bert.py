@@ -26,26 +26,6 @@ _HIDDEN = -1e9
 """What is added to the score of a position that nobody may look at."""
 
 
-class _Packing:
-    """Where the tokens of a padded batch are: layers work on the tokens (T, D), attention on the batch (N, L, D).
-
-    mask: (N, L), 0 for padding.
-    """
-
-    def __init__(self, mask: Tensor) -> None:
-        self.shape = mask.shape
-        self.places = mask.flatten().nonzero().squeeze(1)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(N, L, D) to (T, D)."""
-        return x.flatten(0, 1).index_select(0, self.places)
-
-    def pad(self, x: Tensor) -> Tensor:
-        """(T, D) to (N, L, D), zero where there is padding."""
-        padded = x.new_zeros(self.shape.numel(), x.shape[1]).index_copy(0, self.places, x)
-        return padded.view(*self.shape, -1)
-
-
 class _Embeddings(nn.Module):
     """Sum of the embeddings of token, position and segment, normalised."""
 
@@ -74,9 +54,8 @@ class _SelfAttention(nn.Module):
         self.softmax = nn.Softmax(-1)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, packing: _Packing | None = None) -> Tensor:
-        parts = (layer(x) for layer in (self.query, self.key, self.value))
-        queries, keys, values = (self._heads(part if packing is None else packing.pad(part)) for part in parts)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        queries, keys, values = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
         if self.softmax._forward_hooks or self.softmax._forward_pre_hooks:
             scores = torch.matmul(queries * queries.shape[-1] ** -0.5, keys.transpose(-2, -1))
             scores = scores if bias is None else scores + bias
@@ -85,8 +64,7 @@ class _SelfAttention(nn.Module):
             share = self.dropout.p if self.training else 0.0
             bias = None if bias is None else bias.to(queries.dtype)
             mixed = F.scaled_dot_product_attention(queries, keys, values, bias, share)
-        mixed = mixed.transpose(1, 2).flatten(2)
-        return mixed if packing is None else packing.pack(mixed)
+        return mixed.transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(N, L, heads * d) to (N, heads, L, d)."""
@@ -112,8 +90,8 @@ class _Attention(nn.Module):
         self.self = _SelfAttention(width, heads, dropout)
         self.output = _Output(width, width, dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, packing: _Packing | None = None) -> Tensor:
-        return self.output(self.self(x, bias, packing), x)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.output(self.self(x, bias), x)
 
 
 class _Intermediate(nn.Module):
@@ -134,9 +112,8 @@ class _Layer(nn.Module):
         self.intermediate = _Intermediate(width, hidden)
         self.output = _Output(hidden, width, dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, packing: _Packing | None = None) -> Tensor:
-        """x: (N, L, D), or the tokens (T, D) of a packing."""
-        seen = self.attention(x, bias, packing)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen = self.attention(x, bias)
         return self.output(self.intermediate(seen), seen)
 
 
@@ -145,19 +122,10 @@ class _Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(_Layer(width, heads, hidden, dropout) for _ in range(depth))
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, packing: _Packing | None = None) -> Tensor:
-        """A layer that is tapped, or in which something is, gets the batch as it is: taps are (N, L, D)."""
-        if packing is None:
-            for layer in self.layer:
-                x = layer(x, bias)
-            return x
-        packed = False
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         for layer in self.layer:
-            tapped = _is_tapped(layer)
-            if tapped == packed:
-                x, packed = (packing.pad(x) if packed else packing.pack(x)), not packed
-            x = layer(x, bias) if tapped else layer(x, bias, packing)
-        return packing.pad(x) if packed else x
+            x = layer(x, bias)
+        return x
 
 
 class _Pooler(nn.Module):
@@ -187,11 +155,9 @@ class _Bert(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         x = self.embeddings(input_ids, token_type_ids)
         bias: Tensor | None = (1 - attention_mask[:, None, None, :].to(x.dtype)) * _HIDDEN
-        packing = None
-        if _may_look(attention_mask):
-            padded = not bool(attention_mask.all())
-            bias, packing = (bias, _Packing(attention_mask)) if padded else (None, None)
-        x = self.encoder(x, bias, packing)
+        if _may_look(attention_mask) and bool(attention_mask.all()):
+            bias = None
+        x = self.encoder(x, bias)
         return x if self.pooler is None else self.pooler(x, attention_mask)
 
 
@@ -304,10 +270,6 @@ def _may_look(mask: Tensor) -> bool:
     """Whether the way through the net may depend on what is padding: not in an exported net, nor where the host would
     wait for the device."""
     return mask.device.type == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
-
-
-def _is_tapped(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _is_of_pretraining(name: str) -> bool:

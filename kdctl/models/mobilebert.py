@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kdctl.config.types import Fraction, PositiveInt
 from kdctl.errors import ConfigError, Problem
-from kdctl.models.bert import _Bert, _Encoder, _Packing, _Pooler
+from kdctl.models.bert import _Bert, _Encoder, _Pooler
 
 _NORM_EPS = 1e-12
 
@@ -107,9 +107,9 @@ class _SelfAttention(nn.Module):
         self.softmax = nn.Softmax(-1)
         self.dropout = nn.Dropout(form.dropout)
 
-    def forward(self, relating: Tensor, valued: Tensor, bias: Tensor | None, packing: _Packing | None) -> Tensor:
+    def forward(self, relating: Tensor, valued: Tensor, bias: Tensor | None) -> Tensor:
         parts = self.query(relating), self.key(relating), self.value(valued)
-        queries, keys, values = (self._heads(part if packing is None else packing.pad(part)) for part in parts)
+        queries, keys, values = (self._heads(part) for part in parts)
         bias = None if bias is None else bias.to(queries.dtype)
         if self.softmax._forward_hooks or self.softmax._forward_pre_hooks:
             scores = torch.matmul(queries * queries.shape[-1] ** -0.5, keys.transpose(-2, -1))
@@ -118,8 +118,7 @@ class _SelfAttention(nn.Module):
         else:
             share = self.dropout.p if self.training else 0.0
             mixed = F.scaled_dot_product_attention(queries, keys, values, bias, share)
-        mixed = mixed.transpose(1, 2).flatten(2)
-        return mixed if packing is None else packing.pack(mixed)
+        return mixed.transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(N, L, heads * d) to (N, heads, L, d)."""
@@ -132,9 +131,9 @@ class _Attention(nn.Module):
         self.self = _SelfAttention(form)
         self.output = _Projection(form.bottleneck, form.bottleneck, form.norm)
 
-    def forward(self, inputs: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, packing: _Packing | None) -> Tensor:
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor], bias: Tensor | None) -> Tensor:
         relating, valued, narrow = inputs
-        return self.output(self.self(relating, valued, bias, packing), narrow)
+        return self.output(self.self(relating, valued, bias), narrow)
 
 
 class _Bottleneck(nn.Module):
@@ -200,9 +199,8 @@ class _Layer(nn.Module):
         self.intermediate = _Intermediate(form)
         self.output = _Output(form)
 
-    def forward(self, x: Tensor, bias: Tensor | None, packing: _Packing | None = None) -> Tensor:
-        """x: (N, L, D), or the tokens (T, D) of a packing."""
-        seen = self.ffn(self.attention(self.bottleneck(x), bias, packing))
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen = self.ffn(self.attention(self.bottleneck(x), bias))
         return self.output(self.intermediate(seen), seen, x)
 
 

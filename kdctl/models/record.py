@@ -59,7 +59,7 @@ class ModelRecord:
     """What the model answers for: "sample", or of texts "token", "vocabulary", which token stands at each place, or
     "embedding", a vector of each text; that one has no classes."""
     link: str = "softmax"
-    """How its logits become what it says: "softmax" over classes, "sigmoid" of each, "identity", numbers as they are."""
+    """How its logits become what it says: "softmax" over classes, "sigmoid" of each, "identity": as they are."""
     structure: list[dict[str, Any]] | None = None
     """What compression changed of the net that the class builds (models/structure.py), in order."""
 

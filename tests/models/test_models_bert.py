@@ -66,8 +66,7 @@ def close(one: Tensor, other: Tensor) -> bool:
 
 @pytest.mark.parametrize("taps", [["bert.encoder.layer.1"], ["bert.encoder.layer.0.attention.self.softmax"]])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_layers_that_nobody_taps_skip_padding_and_say_the_same(taps: list[str], pooling: str) -> None:
-    """An untapped layer sees the tokens alone, a tapped one the padded batch: values and gradients agree."""
+def test_taps_change_no_value_and_no_gradient(taps: list[str], pooling: str) -> None:
     model, numbers = build(pooling=pooling, depth=3), texts()
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     every = [f"bert.encoder.layer.{i}" for i in range(3)]
@@ -80,11 +79,6 @@ def test_layers_that_nobody_taps_skip_padding_and_say_the_same(taps: list[str], 
     for name in ("none", "some"):
         assert close(seen[name][0], seen["all"][0])
         torch.testing.assert_close(seen[name][1], seen["all"][1], rtol=1e-4, atol=1e-4)
-    rows: list[int] = []
-    hook = model.net.bert.encoder.layer[0].attention.self.forward
-    model.net.bert.encoder.layer[0].attention.self.forward = lambda x, *rest: rows.append(x.ndim) or hook(x, *rest)
-    model(numbers)
-    assert rows == [2], "the tokens alone, (T, D)"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="compares with the transformers library")
