@@ -47,7 +47,9 @@ ARGUMENTS: dict[str, dict[str, object]] = {
     "reused_head": {"base": {"kind": "digits_cnn", "width": 4}, "width": 8, "channels": 16},
 }
 SLOW_KINDS = {"resnet34", "resnet50", "vgg13", "vgg16", "vgg19", "resnet110", "wrn_40_2", "resnet32x4"}
-QUICK_KINDS = sorted(set(MODELS) - SLOW_KINDS - {"bert", "gpt", "mobilebert"})  # which read texts, and have tests of theirs
+QUICK_KINDS = sorted(
+    set(MODELS) - SLOW_KINDS - {"bert", "gpt", "mobilebert"}
+)  # which read texts, and have tests of theirs
 
 
 def record(kind: str, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 7, **arguments: object) -> ModelRecord:
