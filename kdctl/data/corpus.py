@@ -117,7 +117,7 @@ class Corpus(Source):
         return Tokenizer.trained(text.splitlines(keepends=True), self.vocab_size, self.units)
 
     def _blocks(self, tokenizer: Tokenizer, tokens: TokenInput, text: str) -> TokenSplit:
-        ids = kept_encoding([text], tokens, lambda: [tokenizer.encode_plain(text)])[0]
+        ids = kept_encoding("plain", [text], tokens, lambda: [tokenizer.encode_plain(text)])[0]
         edges = [] if self.target == "next" else [tokens.first, tokens.separator]
         size = self.max_length - len(edges)
         step = size - 1 if self.target == "next" else size

@@ -226,10 +226,13 @@ class _Read:
         if not self.source.words:
             texts, seconds = self.texts, self.seconds
             kept = [*texts, *(seconds or [])]
-            return kept_encoding(kept, tokens, lambda: tokenizer.encode(texts, seconds, tokens.length)), None
+            return kept_encoding("texts", kept, tokens, lambda: tokenizer.encode(texts, seconds, tokens.length)), None
         kept = ["".join(f"{word}\1" for word in words) for words in self.texts]
         both = kept_encoding(
-            kept, tokens, lambda: [[*ids, *begun] for ids, begun in tokenizer.encode_words(self.texts, tokens.length)]
+            "words",
+            kept,
+            tokens,
+            lambda: [[*ids, *begun] for ids, begun in tokenizer.encode_words(self.texts, tokens.length)],
         )
         halves = [np.split(numbers, 2) for numbers in both]
         return [ids for ids, _ in halves], [begun for _, begun in halves]

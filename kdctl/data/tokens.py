@@ -193,10 +193,13 @@ def _tags_of(split: TokenSplit) -> Tensor:
 
 
 def kept_encoding(
-    texts: Sequence[str], tokens: TokenInput, encode: Callable[[], Sequence[Sequence[int]]]
+    way: str, texts: Sequence[str], tokens: TokenInput, encode: Callable[[], Sequence[Sequence[int]]]
 ) -> list[NDArray[np.int32]]:
-    """The numbers of each of some texts: from the file that an earlier call left, where that is whole, else encoded."""
-    digest = hashlib.sha256(repr(tokens).encode())
+    """The numbers of each of some texts: from the file that an earlier call left, where that is whole, else encoded.
+
+    way: names how `encode` makes numbers of a text; a file of one way is none of another.
+    """
+    digest = hashlib.sha256(f"{way} {tokens!r}".encode())
     for text in texts:
         digest.update(text.encode() + b"\0")
     place = runs.cache_home() / "texts" / f"{digest.hexdigest()[:32]}.npz"

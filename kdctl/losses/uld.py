@@ -19,13 +19,14 @@ class ULD(Loss):
         with zeros behind; between 0 and 2. The closed form of the Wasserstein distance where moving probability between
         any two classes costs the same, so that vocabularies need not agree. Rows are samples, pixels, or tokens that
         are not padding, as many in both models.
-    Paper: Boizard et al., Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs, 2024
-        (arXiv 2402.12030).
-    Published: T 1 beside the language model's own loss (the paper).
+    Paper: Boizard et al., Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs,
+        TMLR 2025 (arXiv 2402.12030).
+    Published: beside the cross entropy of the teacher's texts (the paper).
 
     temperature: T, softens both distributions; a map {epoch: T} changes it, linearly in between.
 
-    Blind to which class is meant: beside a supervised term, never alone. Where classes agree, kd says more.
+    A stage still refuses a teacher with another number of outputs than its student. Blind to which class is meant:
+    beside a supervised term, never alone. Where classes agree, kd says more.
     """
 
     links: ClassVar[tuple[str, ...]] = ("softmax",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from kdctl.data.base import Dataset
 from kdctl.data.corpus import Corpus
 from kdctl.data.loader import TrainLoader, clean_batches
 from kdctl.data.tokenizer import Tokenizer
-from kdctl.data.tokens import TokenSplit
+from kdctl.data.tokens import TokenSplit, kept_encoding
 from kdctl.errors import ConfigError, MissingError
 from kdctl.signals import IGNORE, TokenInput
 
@@ -99,6 +100,14 @@ def test_blocks_with_hidden_tokens_lie_between_the_tokens_that_begin_and_end_a_t
     assert batch.targets[~hidden].eq(IGNORE).all() and not batch.targets[hidden].eq(IGNORE).any()
     again = next(clean_batches(split, batch_size=32))
     assert again.inputs.equal(batch.inputs)
+
+
+def test_texts_that_were_encoded_in_another_way_are_not_taken() -> None:
+    """A file of a single text and a corpus of it: one has special tokens and is cut, the other is whole."""
+    texts = [f"the same text {np.random.default_rng().integers(1 << 60)}"]
+    first = kept_encoding("texts", texts, TOKENS, lambda: [[1, 5, 2]])
+    assert kept_encoding("plain", texts, TOKENS, lambda: [[5, 6, 7, 8]])[0].tolist() == [5, 6, 7, 8]
+    assert kept_encoding("texts", texts, TOKENS, lambda: [[0]])[0].tolist() == first[0].tolist() == [1, 5, 2]
 
 
 @pytest.mark.parametrize(
