@@ -11,6 +11,8 @@ SOURCES = {
     "npz": ("npz:Npz", "your own arrays: x_train, y_train, x_test, y_test in one .npz file"),
     "text": ("text:Text", "your own texts with labels: .tsv, .csv or .jsonl files"),
     "corpus": ("corpus:Corpus", "your own plain texts for language models: .txt or .jsonl files"),
+    "hub_text": ("hub:HubText", "texts with labels of a data set on the Hugging Face Hub, by name"),
+    "hub_corpus": ("hub:HubCorpus", "plain texts of a data set on the Hugging Face Hub, by name"),
     "image_folder": ("image_folder:ImageFolder", "image files in train/<class>/ and test/<class>/"),
 }
 

@@ -69,7 +69,7 @@ class Corpus(Source):
         self.target = target
 
     def load(self) -> Dataset:
-        whole = {name: self._read(name) for name in self.files}
+        whole = {name: self.read(name) for name in self.files}
         parts = whole | self._held_out(whole)
         tokenizer = self._tokenizer(parts["train"])
         tokens = tokenizer.tokens(self.max_length)
@@ -81,7 +81,8 @@ class Corpus(Source):
             splits["train"], splits.get("val"), splits.get("test"), class_names=names, tokenizer=tokenizer.text
         )
 
-    def _read(self, name: str) -> str:
+    def read(self, name: str) -> str:
+        """The text of a split."""
         path = self.root / self.files[name]
         if path.suffix not in _ENDINGS:
             hint = f"allowed: {', '.join(_ENDINGS)}"

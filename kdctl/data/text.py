@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kdctl.config.types import PathStr, PositiveInt
 from kdctl.data import cells
 from kdctl.data.base import Dataset, Source
-from kdctl.data.rows import TAG, WORD, Row, read_rows, wrong_line
+from kdctl.data.rows import TAG, WORD, Numbered, Row, read_rows, wrong_line
 from kdctl.data.tokenizer import Tokenizer
 from kdctl.data.tokens import TokenSplit, kept_encoding
 from kdctl.errors import ConfigError, MissingError, Problem
@@ -86,8 +86,8 @@ class Text(Source):
             raise ConfigError(Problem("what stands between two labels is empty", key="data.separator", hint="','"))
 
     def load(self) -> Dataset:
-        given = self._given_names()
-        read = {name: _Read(self.root / file, name, self) for name, file in self.files.items()}
+        given = self.given_names()
+        read = {name: _Read(*self.open(name), self) for name in self.files}
         names = given or read["train"].names()
         if self.tokenizer is None:
             tokenizer = Tokenizer.trained(read["train"].plain(), self.vocab_size)
@@ -104,7 +104,14 @@ class Text(Source):
             splits["train"], splits.get("val"), splits.get("test"), class_names=names, tokenizer=tokenizer.text
         )
 
-    def _given_names(self) -> list[str] | None:
+    def open(self, name: str) -> tuple[Path, Numbered]:
+        """Where a split stands, and its rows."""
+        path = self.root / self.files[name]
+        if not path.is_file():
+            raise MissingError(Problem(f"there is no file {path}", key=f"data.{name}"))
+        return path, read_rows(path, self.columns, self.words)
+
+    def given_names(self) -> list[str] | None:
         """The classes as somebody named them; None where nobody did."""
         if self.class_names is None:
             return None
@@ -124,18 +131,16 @@ class Text(Source):
 
 
 class _Read:
-    """One file: its texts and labels as they stand."""
+    """One split: its texts and labels as they stand."""
 
-    def __init__(self, path: Path, name: str, source: Text) -> None:
+    def __init__(self, path: Path, rows: Numbered, source: Text) -> None:
         self.path, self.source = path, source
-        if not path.is_file():
-            raise MissingError(Problem(f"there is no file {path}", key=f"data.{name}"))
         self.texts: list[Any] = []
         self.seconds: list[str] | None = [] if source.pair is not None else None
         self.cells: list[cells.Cell] = []
         self.lines: list[int] = []
         labelled = source.label is None
-        for line, row in read_rows(path, source.columns, source.words):
+        for line, row in rows:
             text, label = self._columns(row)
             self.lines.append(line)
             self.texts.append(self._text(row, text, line))
