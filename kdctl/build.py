@@ -19,7 +19,7 @@ from kdctl.data.augment import Augment
 from kdctl.data.loader import TrainLoader
 from kdctl.data.prepare import Data, prepare
 from kdctl.device import choose_device
-from kdctl.errors import ConfigError, MissingError, Problem, did_you_mean
+from kdctl.errors import ConfigError, MissingError, Problem, counted, did_you_mean
 from kdctl.methods.base import Method, Parts, Term
 from kdctl.models import record as records
 from kdctl.models.record import Model
@@ -115,7 +115,8 @@ def _own_device(name: str) -> torch.device:
         message = f"'{name}' is one GPU, and each of {everyone.size} processes takes its own"
         raise ConfigError(Problem(message, key="train.device", hint="device: cuda; CUDA_VISIBLE_DEVICES chooses which"))
     if everyone.local_size > torch.cuda.device_count():
-        message = f"{everyone.local_size} processes on this machine, which has {torch.cuda.device_count()} GPUs"
+        there = counted(torch.cuda.device_count(), "GPU")
+        message = f"{everyone.local_size} processes on this machine, which has {there}"
         raise MissingError(message, hint="each process needs one of its own: start fewer, or train on the cpu")
     return torch.device("cuda", everyone.local)
 

@@ -23,7 +23,7 @@ from kdctl.config.schema import Experiment, TrainStage
 from kdctl.data.loader import TrainLoader, clean_batches
 from kdctl.data.prepare import Data
 from kdctl.device import apply_settings, autocast, choose_device
-from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
+from kdctl.errors import ConfigError, KdctlError, MissingError, Problem, counted
 from kdctl.models.record import Model
 from kdctl.signals import CLEAN, Batch
 from kdctl.teachers import store as stores
@@ -161,7 +161,7 @@ def fill(member: Member, say: Say, check: Callable[[], None] = lambda: None, bar
                 if len(rows):
                     member.store.flush()
                     rate = filled / (time.perf_counter() - began)
-                    text = f"stored {_part_text(*part)} ({number} of {len(waiting)}): {len(rows):,} samples"
+                    text = f"stored {_part_text(*part)} ({number} of {len(waiting)}): {counted(len(rows), 'sample')}"
                     say(f"{text}, {rate:,.0f}/s")
     finally:
         member.store.flush()
@@ -174,7 +174,8 @@ def announce(member: Member, spent: Cost) -> str:
     rows = sum(len(member.data.split(part[0])) for part in held)
     if sum(held.values()) == rows:
         return f"{_name(member)}: all {rows:,} samples are in {member.store.folder}"
-    text = f"{_name(member)}: {sum(held.values()):,} of {rows:,} samples ({bytes_text(rows * spent.row_bytes)})"
+    size = bytes_text(rows * spent.row_bytes)
+    text = f"{_name(member)}: {sum(held.values()):,} of {counted(rows, 'sample')} ({size})"
     text += f" are in {member.store.folder}; the others take {spent.seconds:.0f} s"
     text += f" and pay off after {spent.pays_off_after:.1f} epochs"
     near = None if any(held.values()) else nearest(member.store.key)

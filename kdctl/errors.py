@@ -102,6 +102,12 @@ def did_you_mean(word: str, options: Iterable[str]) -> str | None:
     return f"did you mean '{original}'?"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things as a text says it: `1 epoch`, `1,500 epochs`, `2 processes`."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception, one of torch's among them, says that memory does not suffice."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -17,7 +17,7 @@ from kdctl.config.expand import load_experiment
 from kdctl.config.schema import Experiment
 from kdctl.control import BASELINE, CONTROLS, Made, check_controls, with_shared_teachers
 from kdctl.data.prepare import Data
-from kdctl.errors import ConfigError, KdctlError, MissingError
+from kdctl.errors import ConfigError, KdctlError, MissingError, counted
 from kdctl.group import MAIN, role_of, summarize_group
 from kdctl.pipeline import run_stages
 from kdctl.probe import choose
@@ -71,7 +71,7 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
     }  # fmt: skip
     group = runs.create_group(experiment.name, document)
     _keep_experiment(group, experiment)
-    reporter.say(f"group {group}: {len(members)} runs")
+    reporter.say(f"group {group}: {counted(len(members), 'run')}")
     del data  # each run reads its own
     return _run_group(group, _experiment_of(group), reporter)
 

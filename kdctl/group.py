@@ -12,6 +12,7 @@ from kdctl import runs, stats
 from kdctl.build import build_task
 from kdctl.config.schema import Experiment
 from kdctl.control import BASELINE, CONTROLS
+from kdctl.errors import counted
 from kdctl.runs import Run
 from kdctl.tasks.base import Task
 
@@ -67,7 +68,7 @@ def _ended_early(by_role: Members) -> list[str]:
         if cut:
             number = sum(any(end != "all epochs done" for end in of_run) for of_run in ends)
             why = ", ".join(dict.fromkeys(cut))
-            notes.append(f"{role}: {number} of {len(found)} runs ended before their last epoch: {why}")
+            notes.append(f"{role}: {number} of {counted(len(found), 'run')} ended before their last epoch: {why}")
     return notes
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdctl import build, cache, checkpoint, ranks, runs, sharding
+from kdctl import build, cache, checkpoint, ranks, registry, runs, sharding
 from kdctl.artefacts.make import make
 from kdctl.artefacts.measure import check_gates, gated
 from kdctl.artefacts.yardstick import Yardstick
@@ -22,7 +22,7 @@ from kdctl.config.schema import Experiment, TrainStage
 from kdctl.data.prepare import Data, stratified
 from kdctl.data.tokenizer import FILE as TOKENIZER
 from kdctl.device import apply_settings
-from kdctl.errors import Interrupted, MissingError, Problem
+from kdctl.errors import Interrupted, MissingError, Problem, counted
 from kdctl.evaluate import ask, metrics
 from kdctl.fit import Progress, fit
 from kdctl.loggers.base import Listeners
@@ -261,13 +261,14 @@ def _describe(stage: TrainStage, built: Built) -> str:
     student = built.method.student
     size = sum(p.numel() for p in student.net.parameters())
     terms = " + ".join(f"{loss.label} x {loss.weight}" for loss in stage.losses)
-    teachers = ", ".join(t.record.kind for t in built.teachers)
+    teachers = ", ".join(registry.shown_kind(t.record.kind) for t in built.teachers)
     taught = f", teacher {teachers}" if teachers else ""
     labelled = int((built.data.train.strata != IGNORE).sum())
     return (
-        f"stage {stage.name}: {student.record.kind} ({size:,} parameters){taught}; {terms}; "
-        f"{len(built.data.train):,} samples, {labelled:,} labelled; {stage.epochs} epochs of {len(built.loader)} "
-        f"steps; {built.device}, {built.precision}, {torch.get_num_threads()} threads"
+        f"stage {stage.name}: {registry.shown_kind(student.record.kind)} ({size:,} parameters){taught}; {terms}; "
+        f"{counted(len(built.data.train), 'sample')}, {labelled:,} labelled; {counted(stage.epochs, 'epoch')} of "
+        f"{counted(len(built.loader), 'step')}; {built.device}, {built.precision}, "
+        f"{counted(torch.get_num_threads(), 'thread')}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from kdctl import runs
@@ -16,14 +17,16 @@ from kdctl.runs import Run
 from kdctl.teachers.key import weights_hash
 
 FILE = "provenance.json"
+_IN_FOLDERS = ("model.safetensors", "student.safetensors")
 
 
 def write_provenance(run: Run, experiment: Experiment, data: Data) -> None:
     """Writes provenance.json of a finished run.
 
     Hashes are SHA-256: of config.yaml, of images, labels and splits (`Data.fingerprint`), and of the names, shapes and
-    values of each model's weights, which are the same whatever file they came in. A teacher that is not there any more
-    has none.
+    values of each model's weights, which are the same whatever file they came in. Of the user's own component files,
+    of which the run has copies, and of weights that a student inherits from a source of its own, they are of the file.
+    A teacher or source that is not there any more has none.
     """
     splits = {name: getattr(data, name) for name in ("train", "val", "test")}
     student = load_model(run / "student")
@@ -36,9 +39,32 @@ def write_provenance(run: Run, experiment: Experiment, data: Data) -> None:
             "samples": {name: len(split) for name, split in splits.items() if split is not None},
         },
         "teachers": _teachers(run, experiment, data),
+        "inherited": _inherited(experiment),
         "student": {"kind": student.record.kind, "sha256": weights_hash(student.net)},
+        "code": {path.name: _file_hash(path) for path in sorted((run / "code").glob("*")) if path.is_file()},
     }
     runs.write_json(run / FILE, document)
+
+
+def _inherited(experiment: Experiment) -> list[dict[str, Any]]:
+    """The sources other than their teachers that the stages' students begin with weights of."""
+    wishes = [stage.student.inherit for stage in experiment.train_stages if stage.student is not None]
+    sources = dict.fromkeys(wish.source for wish in wishes if wish is not None and wish.source != "teacher")
+    return [{"source": source, "sha256": _file_hash(_weights_file(Path(source)))} for source in sources]
+
+
+def _weights_file(path: Path) -> Path:
+    """The file with the weights that a run directory, an encoder's folder, or one of a model's two files names."""
+    if path.is_dir():
+        return next((path / name for name in _IN_FOLDERS if (path / name).is_file()), path)
+    return path.with_suffix(".safetensors") if path.suffix == ".json" else path
+
+
+def _file_hash(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def renew_config_hash(run: Run) -> None:

@@ -76,6 +76,8 @@ _ZOOS = {
     "huggingface": "huggingface:HuggingFaceModel",
 }
 """What stands before `:NAME` in kinds of models -> the class that makes them, in kdctl.models."""
+_BY_NAME_ALONE = frozenset({"exporters"})
+"""Groups without `./file.py:Class`: a process that measures imports the module that opens a target's files by name."""
 _OWN_CLASS = re.compile(r"^(?P<place>.+):(?P<name>[A-Za-z_]\w*)$")
 
 
@@ -172,15 +174,15 @@ def find(group: str, kind: str, base: Path | None = None) -> Component:
         zoo_name = _absolute_folder(zoo_name, base) if zoo == "huggingface" else zoo_name
         target, summary = f"kdctl.models.{_ZOOS[zoo]}", f"{zoo_name} of {zoo}"
         return Component(group, f"{zoo}:{zoo_name}", target, summary, {"name": zoo_name}, f"built-in ({zoo})")
-    if own is not None:
+    if own is not None and not (group in _BY_NAME_ALONE and is_file_kind(kind)):
         return _own_component(group, kind, own["place"], own["name"], base)
     torch_names = _torch_optimizers() if group == "optimizers" else []
     if kind in torch_names:
         return Component(group, kind, f"torch.optim:{kind}", f"torch.optim.{kind}", {}, "torch.optim")
     hint = did_you_mean(kind, [*entries, *aliases(group), *torch_names])
     choice = f"one of {', '.join(sorted(entries))}" if len(entries) <= 12 else f"see `kdctl list {group}`"
-    allowed = f"{choice}, or a class of your own as ./file.py:Class"
-    raise ConfigError(f"there is no {SINGULAR[group]} '{kind}'; allowed: {allowed}", hint=hint)
+    yours = f"a class of your own as {'package.module' if group in _BY_NAME_ALONE else './file.py'}:Class"
+    raise ConfigError(f"there is no {SINGULAR[group]} '{kind}'; allowed: {choice}, or {yours}", hint=hint)
 
 
 def _builtins(group: str) -> dict[str, Component]:
@@ -259,6 +261,11 @@ def is_file_kind(kind: str) -> bool:
     """Whether a kind names a class in a file of the user's (`./file.py:Class`)."""
     own = _OWN_CLASS.match(kind)
     return own is not None and (own["place"].endswith(".py") or "/" in own["place"] or os.sep in own["place"])
+
+
+def shown_kind(kind: str) -> str:
+    """A kind for people: without the folder of a user's own file."""
+    return kind.replace("\\", "/").rpartition("/")[2] if is_file_kind(kind) else kind
 
 
 @functools.cache
@@ -365,6 +372,12 @@ def _import_module(component: Component, name: str) -> Any:
         raise ConfigError(f"kind '{component.name}': importing {name} failed: {error!r}") from error
 
 
+def _is_beside(path: Path, module: str | None) -> bool:
+    """Whether a module that was not found lies in the folder of the user's file."""
+    top = (module or "").partition(".")[0]
+    return top != "" and any((path.parent / top).with_suffix(end).exists() for end in ("", ".py"))
+
+
 def _import_file(path: Path) -> Any:
     """The module of a user's file, under a name made from its path, once a process."""
     name = f"kdctl_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
@@ -380,5 +393,7 @@ def _import_file(path: Path) -> Any:
     except Exception as error:
         del sys.modules[name]
         kind = MissingError if isinstance(error, ImportError) else ConfigError
-        raise kind(f"importing {path} failed: {error!r}") from error
+        alone = "a run copies the file alone: what it needs stands in it or in an installed package"
+        missed = error.name if isinstance(error, ImportError) else None
+        raise kind(f"importing {path} failed: {error!r}", hint=alone if _is_beside(path, missed) else None) from error
     return module

@@ -9,6 +9,7 @@ from kdctl import runs
 from kdctl.bench import cost
 from kdctl.config.schema import Experiment
 from kdctl.data.prepare import Data
+from kdctl.errors import counted
 from kdctl.evaluate import evaluate_run, load_teachers
 from kdctl.models.record import Model, load_model
 from kdctl.runs import Run
@@ -33,9 +34,8 @@ def summarize(run: Run, experiment: Experiment, data: Data) -> dict[str, Any]:
     epoch = result["best_epoch"] if result["kept"] == "best" else result["epochs"]
     kept = next((line for line in lines if line["epoch"] == epoch), None)
     if result["finished"] != "all epochs done":
-        notes.append(
-            f"stage {stage.name} ended after {result['epochs']} of {stage.epochs} epochs: {result['finished']}"
-        )
+        whole = counted(stage.epochs, "epoch")
+        notes.append(f"stage {stage.name} ended after {result['epochs']} of {whole}: {result['finished']}")
     model = load_model(run / "student")
     return {
         "run": str(run),

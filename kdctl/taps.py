@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kdctl.errors import ConfigError, Problem
+from kdctl.errors import ConfigError, Problem, counted
 
 _GRAMMAR = re.compile(r"(?P<dotted>[^:#\s]*)(?P<side>:in)?(?:#(?P<call>[1-9]\d*))?(?P<keys>(?:\.[^.:#\s]+)*)")
 _LISTED = 12
@@ -181,11 +181,6 @@ class Taps:
         return value
 
 
-def list_paths(model: nn.Module) -> list[str]:
-    """The paths of all modules of a model, in the order of definition."""
-    return [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-
-
 def check(model: nn.Module, path: str, who: str = "the model") -> None:
     """Raises ConfigError where a tap names no module of the model; keys are only known once it runs."""
     parsed = _parse(dict(model.named_modules(remove_duplicate=False)), path, who)
@@ -274,5 +269,6 @@ def _not_reached(tap: _Tap, calls: int) -> Problem:
     if calls == 0:
         message = f"the module of tap '{tap.text}' was not called in the forward"
         return Problem(message, key="taps", hint="a container that is looped over has no output: tap a layer in it")
-    message = f"tap '{tap.text}' wants call {tap.call} of its module, which was called {calls} times in the forward"
+    there = counted(calls, "time")
+    message = f"tap '{tap.text}' wants call {tap.call} of its module, which was called {there} in the forward"
     return Problem(message, key="taps")

@@ -40,10 +40,15 @@ def _divergence(kind: str) -> tuple[str, ...]:
     return (f"losses=[{{kind: ce, weight: 0.5}}, {{kind: {kind}, weight: 0.5}}]",)
 
 
+_ALONE = ("teacher=null", "teacher_cache=null", "losses=null", "student.pooling=mean", "optimizer.lr=1e-3")
+_ALONE += ("train.epochs=6",)
+"""The student without a teacher in the settings of sst2_best.yaml, which are not those of sst2_student.yaml."""
+
 FAMILIES: dict[str, list[Method]] = {
     "sst2": [
         Method("logits", "sst2_student", with_baseline=True),
         Method("best", "sst2_best"),
+        Method("alone as best", "sst2_student", _ALONE),
         Method("tinybert", "sst2_tinybert"),
         Method("minilmv2", "sst2_minilmv2"),
     ],
@@ -103,7 +108,7 @@ def kept(family: str, group: dict[str, Any]) -> dict[str, Any]:
     seeds = [
         {"seed": row["seed"], "student": of(row["student"])}
         | ({"baseline": of(row["baseline"])} if row["baseline"] else {})
-        | {"agreement": row["student"]["agreement"]}
+        | {"agreement": row["student"].get("agreement")}
         for row in group["seeds"]
     ]
     return {"seeds": seeds, "teacher": group["teacher"], "precision": group["precision"]}

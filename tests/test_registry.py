@@ -229,6 +229,25 @@ def test_a_file_that_fails_to_import(own, text, error, words):
 # --------------------------------------------------------------------------------------------------------------- create
 
 
+def test_a_module_beside_a_users_file_is_not_found(own):
+    """A run has a copy of the file alone, so an import that works here would not there."""
+    (own / "helper.py").write_text("x = 1\n")
+    (own / "own.py").write_text(OWN + "\nimport helper\n")
+    with pytest.raises(MissingError, match="No module named 'helper'") as told:
+        load(find("losses", "./own.py:Mine", own))
+    assert "copies the file alone" in told.value.problems[0].hint
+    (own / "own.py").write_text(OWN + "\nimport kdctl_not_there\n")
+    with pytest.raises(MissingError, match="kdctl_not_there") as told:
+        load(find("losses", "./own.py:Mine", own))
+    assert told.value.problems[0].hint is None
+
+
+def test_a_kind_is_shown_without_its_folder():
+    assert registry.shown_kind("/home/me/own.py:Mine") == registry.shown_kind("./code/own.py:Mine") == "own.py:Mine"
+    kinds = ["kd", "timm:mixer_b16_224", "pkg.own:Mine"]
+    assert [registry.shown_kind(kind) for kind in kinds] == kinds
+
+
 def test_create_calls_with_preset_arguments_and_what_is_given(own):
     net = create("models", "resnet8", {"shortcut": "pad"}, num_classes=3, in_channels=1)
     assert net(__import__("torch").zeros(2, 1, 16, 16)).shape == (2, 3)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdctl.errors import ConfigError
-from kdctl.taps import Taps, check, list_paths
+from kdctl.taps import Taps, check
 
 
 class Block(nn.Module):
@@ -241,14 +241,6 @@ def test_all_wrong_paths_are_named_at_once() -> None:
     with pytest.raises(ConfigError, match="did you mean 'head'"):
         check(net(), "haed")
     check(net(), "head")
-
-
-def test_list_paths() -> None:
-    block = ["conv1", "conv2", "relu"]
-    expected = ["layer1"]
-    for i in (0, 1):
-        expected += [f"layer1.{i}", *(f"layer1.{i}.{name}" for name in block)]
-    assert list_paths(net()) == [*expected, "head"]
 
 
 def test_shared_modules_have_all_their_names() -> None:

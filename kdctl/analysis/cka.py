@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdctl.data.base import Split
 from kdctl.data.loader import clean_batches
-from kdctl.errors import ConfigError
+from kdctl.errors import ConfigError, counted
 from kdctl.models.record import Model
 from kdctl.taps import Taps
 
@@ -46,7 +46,7 @@ def layer_similarity(
         raise ConfigError("layers cannot be compared: no layer of a net gives a tensor with a row a sample")
     count = min(len(samples), budget // max(max(own) for own in sizes))
     if count < _LEAST:
-        raise ConfigError(f"layers cannot be compared with {count} samples: it takes {_LEAST}")
+        raise ConfigError(f"layers cannot be compared with {counted(count, 'sample')}: it takes {_LEAST}")
     rows = samples.subset(torch.arange(count))
     centred = [
         [gram for group in grouped(own, size, budget // count) for gram in _centred_grams(net, group, rows)]

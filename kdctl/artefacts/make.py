@@ -76,10 +76,12 @@ def _produce(
     metadata, shape = record_metadata(plain.record.to_dict()), model.record.input_shape
     arguments = stage.arguments
     if stage.kind == "export":
-        exporter = registry.load(registry.find("exporters", arguments["target"]))
+        target, own = arguments["target"], {name: value for name, value in arguments.items() if name != "target"}
+        exporter = registry.load(registry.find("exporters", target))
         if not fake.is_quantized(model.net) or not exporter.quantizations:  # type: ignore[attr-defined]
-            return _write_fp32(model, arguments, folder)
-        tool: Any = Quantize(target=arguments["target"])  # what learnt to be quantised is shipped so
+            return _write_fp32(model, target, own, folder)
+        tool: Any = Quantize(target=target)  # what learnt to be quantised is shipped so
+        tool.exporter_arguments = own
     else:
         tool = registry.create("compressors", stage.kind, arguments)
     if isinstance(tool, Reshape):
@@ -92,9 +94,9 @@ def _produce(
     return tool.target, tool.file_name, details
 
 
-def _write_fp32(model: Model, arguments: dict[str, Any], folder: Path) -> tuple[str, str, dict[str, Any]]:
-    own = {name: value for name, value in arguments.items() if name != "target"}
-    target, how = arguments["target"], "fp32"
+def _write_fp32(model: Model, target: str, own: dict[str, Any], folder: Path) -> tuple[str, str, dict[str, Any]]:
+    """own: the arguments of the target's exporter."""
+    how = "fp32"
     if fake.is_quantized(model.net):
         model, how = released(model)[0], "fp32 of learnt weights"
     name = registry.load(registry.find("exporters", target)).file_name  # type: ignore[attr-defined]

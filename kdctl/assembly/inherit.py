@@ -118,7 +118,7 @@ def _source(student: Model, wish: Inherit, teachers: Sequence[Model]) -> _Source
         model, called = records.load_model(Path(wish.source)), wish.source
     else:
         return _Source(_foreign(student, Path(wish.source)), wish.source, None)
-    own, other = student.record.tokens, model.record.tokens
+    own, other = student.record.tokens, model.record.reads or model.record.tokens
     if own is not None and other is not None and own.tokenizer != other.tokenizer:
         message = f"the texts of {called} were made into numbers by another tokenizer"
         hint = "name the tokenizer that it was trained with as data.tokenizer"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from kdctl import registry
-from kdctl.assembly.published import check_pooling, check_tokenizer
+from kdctl.assembly.published import WITH_ANOTHER, check_pooling, check_tokenizer
+from kdctl.assembly.translated import as_read
 from kdctl.config.schema import ModelSpec, Normalize, TeacherSpec, TrainStage
 from kdctl.data.prepare import Data
-from kdctl.errors import ConfigError, MissingError, Problem
+from kdctl.errors import ConfigError, MissingError, Problem, counted
 from kdctl.models import record as records
 from kdctl.models.record import Model, ModelRecord
 from kdctl.models.weights import load_weights
 from kdctl.runs import holds_model
-from kdctl.signals import TokenInput, find_logits
+from kdctl.signals import IGNORE, TokenInput, find_logits
 
 _GIVEN = {
     "sample": "an answer a sample",
@@ -44,10 +45,13 @@ def build_model(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str
     Raises ConfigError where class counts, channels or names cannot match, MissingError where weights are not there.
     """
     with _under(key):
+        path = spec.tokenizer if isinstance(spec, TeacherSpec) else None
+        if path is not None:
+            data, translated = as_read(data, Path(path).expanduser())
         model = _build(spec, data, key, stage_file)
         model.record = replace(model.record, link=_link(data))
         check_fits(model.record, data, key)
-    return model
+    return model if path is None else translated(model)
 
 
 @contextmanager
@@ -56,7 +60,7 @@ def _under(key: str) -> Iterator[None]:
     try:
         yield
     except (ConfigError, MissingError) as error:
-        own = ("weights", "mapping", "normalize", "kind")
+        own = ("weights", "mapping", "normalize", "kind", "tokenizer")
         inside = [p.key is not None and p.key.partition(".")[0] in own for p in error.problems]
         raise type(error)(
             *(replace(p, key=f"{key}.{p.key}") if i else p for p, i in zip(error.problems, inside, strict=True))
@@ -77,10 +81,27 @@ def _build(spec: ModelSpec, data: Data, key: str, stage_file: Callable[[str], Pa
         _check_classes(model.record, data, key)
     else:
         model = records.build_model(_record(spec, data))
+        _begin_at_shares(model, data)
         if spec.weights:
             check_tokenizer(spec, data)
             load_weights(model.net, "pretrained" if spec.weights == "pretrained" else Path(spec.weights), spec.mapping)
     return model
+
+
+@torch.no_grad()
+def _begin_at_shares(model: Model, data: Data) -> None:
+    """Of a new net with a sigmoid a class, the last bias begins at the log-odds of the share of samples that have it.
+
+    Begun at a half, rare classes drive all features in one direction first, out of which a small net may not come
+    (Lin et al., Focal Loss, ICCV 2017, section 3.3). A net whose last bias is not one a class stays as it is.
+    """
+    if _link(data) != "sigmoid":
+        return
+    known = data.train.targets[(data.train.targets != IGNORE).all(1)]
+    bias = next((p for n, p in reversed(list(model.net.named_parameters())) if n.endswith("bias")), None)
+    if bias is not None and bias.shape == (model.record.num_classes,) and len(known):
+        shares = (known.sum(0) + 1) / (len(known) + 2)
+        bias.copy_(shares.logit())
 
 
 def _load_other_classes(
@@ -107,7 +128,7 @@ def _load_other_classes(
             load_weights(model.net, "pretrained" if spec.weights == "pretrained" else Path(spec.weights), spec.mapping)
     names = model.record.class_names if isinstance(classes, str) else classes
     if len(names) != model.record.num_classes:
-        message = f"{len(names)} names for the {model.record.num_classes} classes of the teacher"
+        message = f"{counted(len(names), 'name')} for the {model.record.num_classes} classes of the teacher"
         raise ConfigError(Problem(message, key=key))
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -169,10 +190,24 @@ def build_teachers(stage: TrainStage, data: Data, seed: int, stage_file: Callabl
     """The teachers of a stage; a declared control without weights is the same random net whenever it is built."""
     seed_everything(seed, stage.name, "teacher")
     several = len(stage.teachers) > 1
-    return [
+    models = [
         build_model(spec, data, f"teacher.{number}" if several else "teacher", stage_file)
         for number, spec in enumerate(stage.teachers)
     ]
+    if several and data.head == "embedding":
+        _check_widths(models)
+    return models
+
+
+@torch.no_grad()
+def _check_widths(models: Sequence[Model]) -> None:
+    """Refuses teachers whose embeddings have unlike numbers of dimensions: several teach by the mean of them."""
+    widths = [find_logits(model.eval()(model.record.example(1))).shape[-1] for model in models]
+    at = next((number for number, width in enumerate(widths) if width != widths[0]), None)
+    if at is not None:
+        message = f"its embeddings have {widths[at]} dimensions, those of teacher 0 have {widths[0]}"
+        hint = "several teachers teach by the mean of their embeddings: name teachers of one width, or a single one"
+        raise ConfigError(Problem(message, key=f"teacher.{at}", hint=hint))
 
 
 def _check_record(spec: ModelSpec, record: ModelRecord, data: Data, key: str) -> None:
@@ -215,7 +250,7 @@ def check_fits(record: ModelRecord, data: Data, key: str) -> None:
         message = f"the model gives {_GIVEN[record.head]}, and the task asks for {_GIVEN[data.head]}"
         raise ConfigError(Problem(message, key=key, hint="name weights that were trained on this task"))
     if record.num_logits != len(data.class_names) and data.head != "embedding":
-        message = f"the model has {record.num_logits} classes, the data {len(data.class_names)}"
+        message = f"the model has {counted(record.num_logits, 'class')}, the data {len(data.class_names)}"
         raise ConfigError(Problem(message, key=key, hint="name weights that were trained on these classes"))
     if record.tokens != data.tokens:
         _refuse_tokens(record.tokens, data.tokens, key)
@@ -231,6 +266,8 @@ def _refuse_tokens(own: TokenInput | None, there: TokenInput | None, key: str) -
         raise ConfigError(Problem(f"the model takes {kinds[0]}, the data are {kinds[1]}", key=key))
     if own.tokenizer != there.tokenizer:
         hint = "name the tokenizer that the model was trained with as data.tokenizer"
+        if key.startswith("teacher"):
+            hint += f"; {WITH_ANOTHER}"
         raise ConfigError(Problem("the model's texts were made into numbers by another tokenizer", key=key, hint=hint))
     if own.length < there.length:
         message = f"the model takes texts of {own.length} tokens, the data's have up to {there.length}"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kdctl.config.schema import ModelSpec
+from kdctl.config.schema import ModelSpec, TeacherSpec
 from kdctl.data.prepare import Data
 from kdctl.errors import ConfigError, Problem
 
@@ -14,6 +14,7 @@ _TOKENIZER = "tokenizer.json"
 _OF_USE = ("version", "truncation", "padding")
 """What a tokenizer's file says of how it was used last, or is written."""
 _HUB = "huggingface:"
+WITH_ANOTHER = "or teacher.tokenizer, where it teaches by its answers about whole texts"
 _POOLING = Path("1_Pooling", "config.json")
 _WAYS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
 
@@ -33,7 +34,9 @@ def check_tokenizer(spec: ModelSpec, data: Data) -> None:
         raise ConfigError(Problem(f"this is no tokenizer: {error}", file=str(path))) from None
     if not same:
         message = f"the data's texts are made into numbers by another tokenizer than {path}"
-        hint = f"data.tokenizer: {folder}; teacher and student read the same tokens, so both have that one"
+        hint = f"data.tokenizer: {folder}"
+        if isinstance(spec, TeacherSpec):
+            hint += f", by which the student reads too; {WITH_ANOTHER}"
         raise ConfigError(Problem(message, key="weights", hint=hint))
 
 

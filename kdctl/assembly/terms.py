@@ -13,7 +13,7 @@ import torch
 
 from kdctl import registry
 from kdctl.config.schema import Component, LossSpec, TapPair, TrainStage
-from kdctl.errors import ConfigError, Problem
+from kdctl.errors import ConfigError, Problem, counted
 from kdctl.losses.base import DryRun, Loss
 from kdctl.losses.tokens import check_padding
 from kdctl.methods.base import Term
@@ -87,6 +87,7 @@ def dry_run(
         with _of_term(term):
             run = DryRun(task, batch, _detached(seen), signals, num_samples, trial.net, nets)
             check_padding(term.loss, run)
+            _check_places(term.loss, run, [] if teacher is None else teacher.models)
             term.loss.setup(run)
     for term in terms:
         term.loss.eval()
@@ -98,16 +99,27 @@ def dry_run(
         term.loss.train()
 
 
+def _check_places(loss: Loss, run: DryRun, teachers: Sequence[Model]) -> None:
+    """Refuses to compare features of tokens where a teacher reads by another tokenizer: their places differ."""
+    if run.teacher is None or all(model.record.reads is None for model in teachers):
+        return
+    for _, tap in loss.taps:
+        feature = run.teacher.features.get(tap)
+        if feature is not None and feature.ndim > 2:
+            message = f"'{tap}' is of each token, and the teacher reads by another tokenizer: its tokens are others"
+            raise ConfigError(Problem(message, key="taps", hint="a term on logits, or a tap of the whole text, (N, D)"))
+
+
 def check_taps(losses: Sequence[LossSpec], student: Model, teachers: Sequence[Model]) -> None:
     """Raises ConfigError, for all terms of a stage at once, where a tap names no module of its model."""
     problems = []
     for spec in losses:
-        places = [(f"the student ({_shown_kind(student)})", student, student_tap(tap)) for tap in spec.taps]
+        places = [(f"the student ({_kind(student)})", student, student_tap(tap)) for tap in spec.taps]
         for number, model in enumerate(teachers if _is_taught(spec) else []):
             which = f"teacher {number + 1}" if len(teachers) > 1 else "the teacher"
             for tap in spec.taps:
                 with _of_term(spec):
-                    places.append((f"{which} ({_shown_kind(model)})", model, teacher_tap(tap, number)))
+                    places.append((f"{which} ({_kind(model)})", model, teacher_tap(tap, number)))
         for who, model, path in places:
             try:
                 check_tap(model.net, path, who)
@@ -117,10 +129,8 @@ def check_taps(losses: Sequence[LossSpec], student: Model, teachers: Sequence[Mo
         raise ConfigError(*dict.fromkeys(problems))
 
 
-def _shown_kind(model: Model) -> str:
-    """The kind without the folder of a user's own file."""
-    kind = model.record.kind
-    return kind.replace("\\", "/").rpartition("/")[2] if registry.is_file_kind(kind) else kind
+def _kind(model: Model) -> str:
+    return registry.shown_kind(model.record.kind)
 
 
 @contextmanager
@@ -182,7 +192,7 @@ def teacher_tap(tap: str | TapPair, number: int) -> str:
     if isinstance(tap.teacher, str):
         return tap.teacher
     if number >= len(tap.teacher):
-        message = f"{len(tap.teacher)} places, and none for teacher {number + 1}"
+        message = f"{counted(len(tap.teacher), 'place')}, and none for teacher {number + 1}"
         raise ConfigError(Problem(message, key="taps", hint="a list has one place a teacher, in their order"))
     return tap.teacher[number]
 

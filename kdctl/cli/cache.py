@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from kdctl.cli import console
 from kdctl.cli.verb import Argument, ExperimentOptions, Reply
-from kdctl.errors import UsageError, did_you_mean
+from kdctl.errors import UsageError, counted, did_you_mean
 
 if TYPE_CHECKING:
     from kdctl.config.schema import Experiment
@@ -66,7 +66,7 @@ def _show_stores(document: dict[str, Any]) -> None:
             for part in store["parts"]
         ]
         console.print_table(["split", "view", "held", "of"], rows)
-        console.out(f"held {store['rows']:,} of {store['expected']:,} samples, {bytes_text(store['bytes'])}")
+        console.out(f"held {store['rows']:,} of {counted(store['expected'], 'sample')}, {bytes_text(store['bytes'])}")
         if "bytes_complete" in store:
             console.out(
                 f"complete: {bytes_text(store['bytes_complete'])}, {store['seconds_to_build']:.0f} s to build what is "
@@ -75,7 +75,7 @@ def _show_stores(document: dict[str, Any]) -> None:
         if store["nearest"]:
             console.out(f"nearest: {store['nearest']['folder']}: {'; '.join(store['nearest']['differs'])}")
     if "filled" in document:
-        console.out(f"stored {document['filled']:,} samples in {document['seconds']:.1f} s")
+        console.out(f"stored {counted(document['filled'], 'sample')} in {document['seconds']:.1f} s")
     _show_notes(document)
 
 
@@ -83,7 +83,7 @@ def _show_verified(document: dict[str, Any]) -> None:
     from kdctl.cache import bytes_text
 
     for store in document["stores"]:
-        console.out(f"{store['folder']}: {store['files']:,} files, {bytes_text(store['bytes'])}: sound")
+        console.out(f"{store['folder']}: {counted(store['files'], 'file')}, {bytes_text(store['bytes'])}: sound")
     if not document["stores"]:
         console.out("nothing is stored")
     _show_notes(document)
@@ -94,7 +94,7 @@ def _show_cleared(document: dict[str, Any]) -> None:
 
     for store in document["stores"]:
         kept = "; the folder has other files, which stay" if store["kept"] else ""
-        console.out(f"deleted {store['folder']}: {store['files']:,} files, {bytes_text(store['bytes'])}{kept}")
+        console.out(f"deleted {store['folder']}: {counted(store['files'], 'file')}, {bytes_text(store['bytes'])}{kept}")
     if not document["stores"]:
         console.out("nothing is stored")
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from kdctl import registry
 from kdctl.cli import console
 from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
-from kdctl.errors import ConfigError, KdctlError, MissingError
+from kdctl.errors import ConfigError, KdctlError, MissingError, counted
 
 if TYPE_CHECKING:
     from kdctl.config.expand import Loaded
@@ -124,14 +125,15 @@ def _show_count(config: str, error: KdctlError) -> Callable[[dict[str, Any]], No
 def _show(document: dict[str, Any]) -> None:
     plan = document["plan"]
     data = plan["data"]
-    labels = "every label" if data["labels_per_class"] == "all" else f"{data['labels_per_class']} labels a class"
+    known = data["labels_per_class"]
+    labels = "every label" if known == "all" else f"{counted(known, 'label')} a class"
     augment = ", ".join(data["augment"]) or "no augmentation"
     if data["strong_augment"]:
         augment += f"; beside it {', '.join(data['strong_augment'])}"
     further = "".join(f", + {item['arguments'].get('count', '')} {item['kind']}" for item in data["expand"])
     lines = [
         ("valid", f"{plan['name']} ({plan['task']})"),
-        ("data", f"{data['kind']}, batch {data['batch_size']}, {labels}, {augment}{further}"),
+        ("data", f"{registry.shown_kind(data['kind'])}, batch {data['batch_size']}, {labels}, {augment}{further}"),
         ("student", _model_text(plan["student"])),
         *(("teacher", _model_text(teacher)) for teacher in plan["teacher"]),
         *([("store", _store_text(plan))] if plan["teacher_cache"] else []),
@@ -153,7 +155,7 @@ def _model_text(model: dict[str, Any]) -> str:
         parts = "embeddings" if model["inherit"]["parts"] == "embeddings" else "weights"
         source = model["inherit"]["source"]
         origin += f" with {parts} of {'the teacher' if source == 'teacher' else source}"
-    return model["kind"] + _arguments_text(model["arguments"]) + origin
+    return _component_text(model) + origin
 
 
 def _store_text(plan: dict[str, Any]) -> str:
@@ -165,20 +167,22 @@ def _store_text(plan: dict[str, Any]) -> str:
 
 def _stage_text(stage: dict[str, Any]) -> str:
     if "epochs" not in stage:
-        return f"{stage['name']}: {stage['kind']}{_arguments_text(stage['arguments'])}"
-    losses = " + ".join(
-        f"{_weight_text(loss['weight'])}{loss['kind']}{_arguments_text(loss['arguments'])}" for loss in stage["losses"]
-    )
+        return f"{stage['name']}: {_component_text(stage)}"
+    losses = " + ".join(_weight_text(loss["weight"]) + _component_text(loss) for loss in stage["losses"])
     method, ensemble = stage["method"], stage["ensemble"]
     if method["kind"] != "distill":
-        losses = f"{method['kind']}{_arguments_text(method['arguments'])}: {losses}"
+        losses = f"{_component_text(method)}: {losses}"
     if ensemble is not None:
-        losses += f", teachers by {ensemble['kind']}{_arguments_text(ensemble['arguments'])}"
+        losses += f", teachers by {_component_text(ensemble)}"
     if stage["balance"] != "none":
         losses += ", balanced"
     rate = stage["optimizer"]["arguments"].get("lr")
     optimizer = stage["optimizer"]["kind"] + ("" if rate is None else f" (lr {rate:g})")
-    return f"{stage['name']}: {stage['epochs']} epochs, {losses}, {optimizer}, {stage['schedule']['kind']}"
+    return f"{stage['name']}: {counted(stage['epochs'], 'epoch')}, {losses}, {optimizer}, {stage['schedule']['kind']}"
+
+
+def _component_text(component: dict[str, Any]) -> str:
+    return registry.shown_kind(component["kind"]) + _arguments_text(component["arguments"])
 
 
 def _weight_text(weight: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from kdctl.cli import console, doctor
 from kdctl.cli.progress import duration
 from kdctl.config.schema import Experiment, OutputStage
+from kdctl.errors import counted
 from kdctl.report.numbers import bytes_text
 
 
@@ -33,7 +34,7 @@ def show(deep: dict[str, Any]) -> None:
         _line("needs", f"{need['target']} for {', '.join(need['stages'])}: {state}{fix}")
     total = deep["total"]
     store = f", stores {bytes_text(total['store_bytes'])}" if total["store_bytes"] else ""
-    where = f"{deep['device']}, {deep['precision']}, {deep['threads']} threads"
+    where = f"{deep['device']}, {deep['precision']}, {counted(deep['threads'], 'thread')}"
     _line(
         "total",
         f"{_seconds(total['seconds'])} of training, {bytes_text(total['peak_bytes'])} of memory{store}; {where}",
@@ -44,7 +45,8 @@ def show(deep: dict[str, Any]) -> None:
 
 def _show_stage(stage: dict[str, Any]) -> None:
     shape = _shape(stage["input_shape"])
-    _line("stage", f"{stage['name']}: {stage['epochs']} epochs of {stage['steps']} steps, {stage['samples']:,} samples")
+    epochs, steps = counted(stage["epochs"], "epoch"), counted(stage["steps"], "step")
+    _line("stage", f"{stage['name']}: {epochs} of {steps}, {counted(stage['samples'], 'sample')}")
     _line("input", f"{shape}, batch {stage['batch_size']}")
     for who, model in [("student", stage["student"]), *(("teacher", teacher) for teacher in stage["teachers"])]:
         _line(who, f"{model['kind']}: {model['parameters']:,} parameters, {model['macs']:,} MACs")
@@ -58,7 +60,7 @@ def _show_stage(stage: dict[str, Any]) -> None:
         held = f", of which {store['held']:,} are there" if store["held"] else ""
         pays = f"{store['seconds']:.0f} s to fill, pays off after {store['pays_off_after_epochs']:.1f} epochs"
         pays = f"that of stage {store['shared_with']}" if store["shared_with"] else pays
-        _line("store", f"{store['rows']:,} samples, {bytes_text(store['bytes'])}{held}; {pays}")
+        _line("store", f"{counted(store['rows'], 'sample')}, {bytes_text(store['bytes'])}{held}; {pays}")
     if stage["time"]:
         _line("time", _time_text(stage["time"]))
     for label in ("warning", "note"):

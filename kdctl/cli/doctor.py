@@ -34,7 +34,8 @@ assert float(x.grad.sum()) == 128, x.grad
 cuda = torch.cuda.is_available()
 devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
 devices += ["mps"] if torch.backends.mps.is_available() else []
-print(", ".join(devices) or "no accelerator", f"{torch.get_num_threads()} threads", sep="; ")
+threads = torch.get_num_threads()
+print(", ".join(devices) or "no accelerator", f"{threads} thread" + "s" * (threads > 1), sep="; ")
 """
 
 _TRY_TORCHVISION = """
@@ -64,11 +65,11 @@ _LIBRARIES = {
     "torchscript": "torch",
     "pt2": "torch",
 }
+"""The distribution that runs a target's files; one that is not listed is tried without knowing it."""
 _EXTRAS = {"timm": "timm", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow-skinny": "mlflow"}
 """Optional distributions, and the extra of kdctl that brings each."""
 _ELSEWHERE = ("executorch", "litert")
 """Targets that may stand in an environment of their own."""
-"""The distribution that runs a target's files; a plug-in's target is tried without knowing it."""
 _NEEDED = ("onnx", "torchscript", "pt2")
 """Targets whose libraries kdctl stands on."""
 _AT_A_TIME = 3

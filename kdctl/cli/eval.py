@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from kdctl import runs
 from kdctl.cli import console
 from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
-from kdctl.errors import MissingError, UsageError, did_you_mean
+from kdctl.errors import ConfigError, MissingError, Problem, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from kdctl.config.schema import Experiment
 
 _SPLITS = ("train", "val", "test")
 _QUALITY = {
@@ -16,6 +20,8 @@ _QUALITY = {
     "entity_f1": "entity F1",
 }  # fmt: skip
 """What is shown of a model's quality beside its metrics, and how it is called."""
+_OF_TRAINING = ("batch_size", "augment", "strong_augment", "views", "augment_seed", "workers")
+"""The keys of `data` that are about training batches: a split is measured clean, and decoded in this process."""
 
 
 def eval_(
@@ -36,6 +42,7 @@ def eval_(
     path, other = Path(what), runs.find(against) if against else None
     if path.suffix in (".yaml", ".yml"):
         loaded = load_experiment(path, options.overrides)
+        _check_overrides(options, ("data", "task", "student"))
         console.say("loading torch ...")
         from kdctl.config.overrides import locating
         from kdctl.evaluate import evaluate_config
@@ -46,6 +53,7 @@ def eval_(
     elif (path / "manifest.json").is_file():
         run = runs.Run(path.resolve().parent.parent)
         experiment = load_experiment(run.config, options.overrides, require_files=False).experiment
+        _check_overrides(options, ("data", "task"))
         console.say("loading torch ...")
         from kdctl.artefacts.measure import evaluate_artefact
 
@@ -63,12 +71,42 @@ def _run(run: runs.Run, options: ExperimentOptions, split: str, checkpoint: str)
     from kdctl.config.expand import load_experiment
 
     experiment = load_experiment(run.config, options.overrides, require_files=False).experiment
+    _check_overrides(options, ("data", "task", "teacher_cache", *_teacher_keys(experiment)))
     from kdctl.evaluate import evaluate_run
 
     document = evaluate_run(
         run, experiment, split=split, checkpoint=checkpoint, device=_device(options), bar=console.bar
     )
     return document | {"run": str(run)}
+
+
+def _teacher_keys(experiment: Experiment) -> list[str]:
+    """The addresses of the teachers that a run's student is measured beside, which an override may re-point."""
+    stage = experiment.student_stage
+    return [f"stages.{name}.teacher" for name in (stage.name, experiment.stages.index(stage)) if stage.teachers]
+
+
+def _check_overrides(options: ExperimentOptions, honoured: Sequence[str]) -> None:
+    """Raises ConfigError with every override that measuring has no use for. honoured: the addresses that it has.
+
+    What is measured has its architecture from its own record, and how it was trained is past: an override of either
+    would be taken for what the numbers are of.
+    """
+    own = options.overrides[:-1] if options.device else options.overrides  # the last one is --device itself
+    problems = []
+    for number, text in enumerate(own, start=1):
+        address = text.partition("=")[0].strip()
+        root, _, key = address.partition(".")
+        if root == "data" and key.partition(".")[0] in _OF_TRAINING:
+            hint = "data.eval_batch_size" if key == "batch_size" else f"allowed: other keys of {', '.join(honoured)}"
+        elif not any(f"{address}.".startswith(f"{each}.") for each in honoured):
+            hint = "--device" if address == "train.device" else f"allowed: keys of {', '.join(honoured)}"
+        else:
+            continue
+        message = "measuring takes no notice of this key, and the numbers would be those without it"
+        problems.append(Problem(message, f"override {number}", key=address, hint=hint))
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _device(options: ExperimentOptions) -> str:
@@ -82,13 +120,15 @@ def _device(options: ExperimentOptions) -> str:
 
 def show(document: dict[str, Any]) -> None:
     """Metrics side by side, then what the two models share and the classes that suffer most."""
+    from kdctl.report.numbers import agreement_text
+
     others = {"teacher": document.get("teacher"), "against": (document.get("against") or {}).get("metrics")}
     columns = {"student": document["metrics"]} | {k: v for k, v in others.items() if v}
     rows = [[name, *(f"{metrics[name]:.4f}" for metrics in columns.values())] for name in document["metrics"]]
     console.print_table([f"{document['split']} ({document['samples']:,})", *columns], rows)
     if document.get("agreement") is not None:
         whom = "fp32 student" if document.get("artefact") else "teacher"
-        console.out(f"agreement with the {whom} {document['agreement']:.2f} %")
+        console.out(f"agreement with the {whom} {agreement_text(document['agreement'], document['metrics'])}")
     for line in _lines(document):
         console.out(line)
     metric = next((key for row in document["per_class"] for key in row if key not in ("name", "samples")), None)

@@ -17,7 +17,7 @@ DTYPES = ("fp32", "int8", "int4", "fp16", "bf16")
 def export(
     options: ExperimentOptions,
     what: Annotated[str, Argument(help="a run directory, an artefact of a run, or latest")] = "latest",
-    to: Annotated[str, Option("--to", help="targets, as onnx,openvino,executorch,litert,torchscript,pt2")] = "onnx",
+    to: Annotated[str, Option("--to", help="targets, as onnx,pt2: `kdctl list exporters`")] = "onnx",
     dtype: Annotated[str, Option("--dtype", help="fp32, int8, int4, fp16, bf16; several as fp32,int8")] = "fp32",
 ) -> Reply:
     """Write files for other runtimes, run each on real samples there, and compare it with the model."""

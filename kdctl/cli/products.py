@@ -42,7 +42,8 @@ def _row(column: dict[str, Any], metric: str, agreement: float | None) -> list[s
 
 def _show_one(document: dict[str, Any]) -> None:
     name, after, before = document["variant"], document["after"], document["before"]
-    facts = [f"{before['bytes'] / after['bytes']:.2f}x smaller"]
+    gain = before["bytes"] / after["bytes"]
+    facts = [f"{gain:.2f}x smaller" if gain >= 1 else f"{1 / gain:.2f}x larger"]
     if document["max_abs_diff"] is not None:
         facts.append(f"largest difference {document['max_abs_diff']:.3g}")
     if document["delegated"] is not None:

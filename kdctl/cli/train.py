@@ -106,14 +106,18 @@ def _show_run(document: dict[str, Any]) -> None:
     epoch = student["best"]["epoch"]
     console.out(f"student {student['kind']}: {student['parameters']:,} parameters, best epoch {epoch}")
     if document["agreement"] is not None:
-        console.out(f"agreement with the teacher {document['agreement']:.2f} %")
+        from kdctl.report.numbers import agreement_text
+
+        console.out(f"agreement with the teacher {agreement_text(document['agreement'], student['last'][split])}")
     console.out(f"run {document['run']}")
     run = document["run"]
     console.say(f"next: kdctl report {run}   kdctl eval {run}   kdctl compress {run} --quantize int8")
 
 
 def _row(metrics: dict[str, float], names: list[str]) -> list[str]:
-    return [_number(metrics[name], 4 if name in ("nll", "bce", "mse") else 2) for name in names]
+    from kdctl.report.numbers import FRACTIONS
+
+    return [_number(metrics[name], 4 if name in FRACTIONS else 2) for name in names]
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from kdctl.bench import cost as measured
 from kdctl.compress.base import Floats, Reshape, Reshaped, Workbench
-from kdctl.compress.prune import take_samples
+from kdctl.compress.prune import logits_of, take_samples
 from kdctl.config.types import Fraction, PositiveInt
 from kdctl.errors import ConfigError, KdctlError, Problem
 from kdctl.models import structure
 from kdctl.models.record import Model, build_model
-from kdctl.signals import find_logits
 from kdctl.taps import Taps
 
 
@@ -96,15 +95,15 @@ class DropLayers(Reshape):
     def _noise(self, model: Model, bench: Workbench) -> Callable[[Model], float]:
         """The squared error of the logits by their square."""
         images = take_samples(model, bench, self.samples)
-        whole = _logits(model, images)
+        whole = logits_of(model, images)
         power = max(float(whole.pow(2).sum()), 1e-30)
-        return lambda other: float((_logits(other, images) - whole).pow(2).sum()) / power
+        return lambda other: float((logits_of(other, images) - whole).pow(2).sum()) / power
 
 
 def _loss_of_quality(bench: Workbench) -> Callable[[Model], float]:
     def harm(model: Model) -> float:
         def predict(images: Floats) -> Floats:
-            logits: Floats = _logits(model, torch.from_numpy(images)).numpy()
+            logits: Floats = logits_of(model, torch.from_numpy(images)).numpy()
             return logits
 
         return -bench.quality(predict)
@@ -197,8 +196,3 @@ def _only_normalises(model: Model, path: str, given: Tensor) -> bool:
 
 def _parameters(block: nn.Module) -> list[inspect.Parameter]:
     return [p for p in inspect.signature(block.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([find_logits(model(part)) for part in images.split(128)])

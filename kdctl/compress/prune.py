@@ -219,7 +219,7 @@ def within(
 
 def sensitivity(model: Model, channels: Channels, ranking: Ranking, images: Tensor) -> list[dict[int, float]]:
     """Of each group {units removed: noise}: the squared error of the logits by their square, it alone narrower."""
-    whole = _logits(model, images)
+    whole = logits_of(model, images)
     power = float(whole.pow(2).sum())
     found = []
     for index in range(len(ranking.groups)):
@@ -227,7 +227,7 @@ def sensitivity(model: Model, channels: Channels, ranking: Ranking, images: Tens
         chosen = sorted({levels[round(i)] for i in np.linspace(0, len(levels) - 1, min(_LEVELS, len(levels)))})
         noise = dict.fromkeys(chosen, 0.0)
         for level in (level for level in chosen if level):
-            logits = _logits(narrowed(model, channels, ranking.least(index, level)), images)
+            logits = logits_of(narrowed(model, channels, ranking.least(index, level)), images)
             noise[level] = float((logits - whole).pow(2).sum()) / max(power, 1e-30)
         found.append(noise)
     return found
@@ -295,7 +295,8 @@ def take_samples(model: Model, bench: Workbench, samples: int) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """What a model says of images, or of texts, a part of them at a time."""
     return torch.cat([find_logits(model(part)) for part in images.split(128)])
 
 

@@ -73,6 +73,8 @@ class Quantize(Compressor):
             raise ConfigError(Problem(f"{dtype} has no mode {mode}: it keeps weights in 16 bits", key="mode"))
         self._check_groups(mode)
         self.exporter: Exporter = registry.create("exporters", target, {})
+        self.exporter_arguments: dict[str, Any] = {}
+        """Those of an export stage, which ships what a model learnt through here; a quantize stage has none."""
         self.file_name = self.exporter.file_name
         if mode != "auto" or dtype != "int8":
             self.exporter.check(Quantization(dtype=dtype, mode="weight_only" if mode == "auto" else mode))
@@ -96,7 +98,7 @@ class Quantize(Compressor):
         model, how = self._plan(model, bench)
         self.exporter.check(how)
         before = bench.of_student() if max_drop is not None else 0.0
-        files.write(self.target, model, out, metadata, how)
+        files.write(self.target, model, out, metadata, how, self.exporter_arguments)
         details: dict[str, Any] = {
             "dtype": how.dtype,
             "mode": how.mode,
@@ -181,7 +183,7 @@ class Quantize(Compressor):
 
         def holds(count: int) -> bool:
             kept = how.keep | {layer.path for layer in ranked[:count]}
-            files.write(self.target, model, out, metadata, replace(how, keep=kept))
+            files.write(self.target, model, out, metadata, replace(how, keep=kept), self.exporter_arguments)
             qualities[count] = bench.quality(files.open_file(self.target, out))
             bench.say(f"  {count} of {len(ranked)} layers in fp32: {qualities[count]:.2f}, before {before:.2f}")
             return before - qualities[count] <= max_drop + 1e-9

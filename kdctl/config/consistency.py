@@ -22,7 +22,7 @@ from kdctl.config.schema import (
     TrainStage,
 )
 from kdctl.config.yaml_io import KeyPath
-from kdctl.errors import KdctlError, did_you_mean
+from kdctl.errors import KdctlError, counted, did_you_mean
 
 Finding = tuple[KeyPath, str, str | None]
 """Path, message, hint."""
@@ -157,13 +157,14 @@ def _check_several(
     for index, loss in enumerate(losses):
         for tap_index, tap in enumerate(loss.taps):
             if isinstance(tap, TapPair) and isinstance(tap.teacher, list) and number and len(tap.teacher) != number:
-                message = f"{len(tap.teacher)} places for {number} teacher{'s' if number > 1 else ''}"
+                message = f"{counted(len(tap.teacher), 'place')} for {counted(number, 'teacher')}"
                 where = (*path, index, "taps", tap_index, "teacher")
                 yield where, message, "one place a teacher, in their order"
     for key in ("weights", "groups") if ensemble is not None and number > 1 else ():
         values = ensemble.arguments.get(key) if ensemble is not None else None
         if isinstance(values, list) and len(values) != number:
-            yield (*place, key), f"{len(values)} {key} for {number} teachers", "one a teacher, in their order"
+            message = f"{counted(len(values), key.removesuffix('s'))} for {number} teachers"
+            yield (*place, key), message, "one a teacher, in their order"
 
 
 def teaches(method: Component | None) -> bool:

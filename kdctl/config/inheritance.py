@@ -9,7 +9,7 @@ from kdctl import registry
 from kdctl.config.arguments import defaults
 from kdctl.config.schema import Inherit, ModelSpec, TeacherSpec
 from kdctl.config.yaml_io import KeyPath
-from kdctl.errors import KdctlError
+from kdctl.errors import KdctlError, counted
 from kdctl.runs import holds_model
 
 _LAYERED = ("bert", "mobilebert", "tiny_transformer")
@@ -64,12 +64,13 @@ def _check_sizes(
 def layer_problems(own: int, other: int, layers: Sequence[int] | None) -> list[tuple[str, str | None]]:
     """What is wrong with the layers that a student of `own` layers takes of `other`: messages and hints."""
     if layers is None:
-        message = f"a student of {own} layers inherits from {other}"
+        message = f"a student of {counted(own, 'layer')} inherits from {other}"
         hint = "name a layer for each, some of them twice, or take a depth up to the source's"
         return [(message, hint)] if own > other else []
     found: list[tuple[str, str | None]] = []
     if len(layers) != own:
-        found.append((f"got {len(layers)} layers for a student of {own}", f"one each; left out: {evenly(own, other)}"))
+        message = f"got {counted(len(layers), 'layer')} for a student of {own}"
+        found.append((message, f"one each; left out: {evenly(own, other)}"))
     beyond = next((number for number in layers if number >= other), None)
     if beyond is not None:
         found.append((f"got layer {beyond}; allowed: 0 to {other - 1}, the source has {other}", "layers count from 0"))

@@ -16,7 +16,7 @@ from typing import Any
 from kdctl import registry
 from kdctl.config.messages import got
 from kdctl.config.yaml_io import Document, KeyPath, Origin, read_file, read_value
-from kdctl.errors import ConfigError, KdctlError, MissingError, Problem, did_you_mean
+from kdctl.errors import ConfigError, KdctlError, MissingError, Problem, counted, did_you_mean
 
 LIST_GROUPS = {
     "losses": "losses", "augment": "augment", "strong_augment": "augment",
@@ -142,7 +142,7 @@ def _step(current: Any, path: KeyPath, segment: str, problem: Problem) -> str | 
         raise fail(f"`{where}` is {got(current)}: it has no key '{segment}'")
     if segment.isascii() and segment.isdigit():
         if int(segment[:9]) >= len(current):
-            raise fail(f"`{where}` has {len(current)} items, counted from 0: there is no item {segment}")
+            raise fail(f"`{where}` has {counted(len(current), 'item')}, counted from 0: there is no item {segment}")
         return int(segment)
     group = LIST_GROUPS.get(str(path[-1])) if path else None
     wanted = registry.canonical(group, segment) if group else segment

@@ -172,6 +172,9 @@ class TeacherSpec(ModelSpec):
     name: str | None = None
     train: TeacherTraining | None = None
     control: bool = Field(False, description="declared a control (for example a random teacher): chance is no error")
+    tokenizer: PathStr | None = Field(
+        None, description="of texts: a tokenizer.json or a folder, where it reads by another than data.tokenizer"
+    )
     shuffled: bool = Field(
         False, description="a placebo: each sample is taught what the teacher says of another one of its batch"
     )

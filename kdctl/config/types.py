@@ -7,14 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
-
-
-def _odd(value: int) -> int:
-    if value % 2 == 0:
-        raise ValueError("an odd whole number")
-    return value
-
+from pydantic import Field
 
 Positive = Annotated[float, Field(gt=0)]
 STEPS = r"^[0-9]+ steps$"
@@ -26,7 +19,6 @@ NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-OddInt = Annotated[int, Field(gt=0), AfterValidator(_odd)]
 PathStr = Annotated[str, Field(min_length=1, json_schema_extra={"path": True})]
 """A path; a relative one is read against the file it stands in."""
 Tap = Annotated[str, Field(min_length=1, pattern=r"^[^\s]+$")]

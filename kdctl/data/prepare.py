@@ -56,12 +56,14 @@ class Data:
     split_seed: int = 0
     tokenizer: str | None = None
     """Of texts: the content of the tokenizer's file."""
+    own_tokens: TokenInput | None = None
+    """Of texts as a model reads them that has another tokenizer: what its numbers mean."""
     _fingerprint: list[str] = field(default_factory=list, repr=False)
 
     @property
     def tokens(self) -> TokenInput | None:
         """What texts are made of; None of images."""
-        return getattr(self.whole, "tokens", None)
+        return self.own_tokens or getattr(self.whole, "tokens", None)
 
     @property
     def head(self) -> str:
@@ -95,7 +97,7 @@ class Data:
         train = _withheld(_limited(self.whole, limit, self.split_seed), self.whole, labels, self.split_seed)
         return Data(
             train, self.val, self.test, self.class_names, self.input_shape, self.mean, self.std, self.whole,
-            limit, labels, self.split_seed, self.tokenizer, self._fingerprint,
+            limit, labels, self.split_seed, self.tokenizer, self.own_tokens, self._fingerprint,
         )  # fmt: skip
 
     def fingerprint(self) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kdctl.errors import ConfigError, Problem
+from kdctl.errors import ConfigError, KdctlError, Problem
 from kdctl.quant.learned import Learned
 from kdctl.quant.ranges import Calibration
 
@@ -52,6 +52,17 @@ class Quantization:
         """`int8-static`, `int4-weight_only`, `fp16`."""
         return self.dtype if self.dtype in ("fp16", "bf16") else f"{self.dtype}-{self.mode}"
 
+    def calibration_images(self, image_shape: tuple[int, ...]) -> Floats:
+        """The images. Raises ConfigError where there are none, or they are not what the model takes."""
+        if self.images is None or len(self.images) == 0:
+            hint = "static quantisation needs some of the training split"
+            raise ConfigError(Problem("there are no calibration images", key="mode", hint=hint))
+        if self.images.ndim != 4 or tuple(self.images.shape[1:]) != tuple(image_shape):
+            expected = ", ".join(map(str, image_shape))
+            message = f"calibration images are {tuple(self.images.shape)}; the model takes (N, {expected})"
+            raise ConfigError(Problem(message, key="mode"))
+        return self.images
+
 
 def group_length(inputs: int, wanted: int | None) -> int:
     """How many of a channel's weights share a scale: the largest divisor of their number up to what is wanted.
@@ -63,6 +74,12 @@ def group_length(inputs: int, wanted: int | None) -> int:
         return inputs
     divisor = max(size for size in range(1, wanted + 1) if inputs % size == 0)
     return divisor if 2 * divisor >= wanted else inputs
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of torch's says, in one line: its first, or of a traceback the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if "Traceback" in str(error) else lines[0])[:300] if lines else type(error).__name__
 
 
 def available_cores() -> int:
@@ -166,6 +183,12 @@ class FilePredictor:
     def __call__(self, images: Floats) -> Floats:
         raise NotImplementedError
 
+    def check_images(self, images: NDArray[Any]) -> None:
+        """Raises KdctlError for images of another shape than the file takes."""
+        if images.ndim != 4 or images.shape[1:] != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise KdctlError(f"{self.path.name} takes images (N, {expected}); these are {tuple(images.shape)}")
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -184,7 +207,3 @@ class Contents:
     int8_operators: int | None
     float_operators: dict[str, int]
     delegated: float | None = None
-
-    @property
-    def description_bytes(self) -> int:
-        return self.bytes - self.weight_bytes

@@ -191,9 +191,7 @@ class ElsewherePredictor(FilePredictor):
         self.fixed_batch: int | None = told["fixed_batch"]
 
     def __call__(self, images: Floats) -> Floats:
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
-            expected = ", ".join(map(str, self.image_shape))
-            raise KdctlError(f"{self.path.name} takes images (N, {expected}); these are {tuple(images.shape)}")
+        self.check_images(images)
         try:
             self._to.write(SHAPE.pack(*images.shape))
             self._to.write(np.ascontiguousarray(images, "<f4").data)

@@ -23,7 +23,6 @@ import numpy as np
 
 from kdctl import runs
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
-from kdctl.export import elsewhere
 from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization
 from kdctl.export.manifest import preprocessing
 from kdctl.export.onnx import quiet
@@ -71,10 +70,7 @@ class ExecuTorch(Exporter):
     ) -> None:
         self.check(quantization)
         if quantization is not None and quantization.mode == "static":
-            check_images(quantization, image_shape)
-        if not elsewhere.is_here(TARGET, converting=True):
-            elsewhere.convert(TARGET, {}, model, image_shape, out, metadata, quantization)
-            return
+            quantization.calibration_images(image_shape)
         document = {"preprocessing": preprocessing(image_shape), **metadata}
         with quiet(), silent():
             data = _lower(model, image_shape, document, quantization)
@@ -90,18 +86,6 @@ def check_choices(target: str, quantization: Quantization, calibrations: tuple[s
     if quantization.group_size is not None:
         message = f"{target} files have a scale an output channel, not one a group of weights"
         raise ConfigError(Problem(message, key="group_size"))
-
-
-def check_images(quantization: Quantization, image_shape: tuple[int, ...]) -> Floats:
-    """The calibration images. Raises ConfigError where there are none, or they are not what the model takes."""
-    images = quantization.images
-    if images is None or len(images) == 0:
-        raise ConfigError(Problem("static quantisation takes ranges from images, and there are none", key="mode"))
-    if images.ndim != 4 or images.shape[1:] != tuple(image_shape):
-        expected = ", ".join(map(str, image_shape))
-        message = f"the model takes images (N, {expected}), those for calibration are {images.shape}"
-        raise ConfigError(Problem(message, key="mode"))
-    return images
 
 
 # ---------------------------------------------------------------------------------------------------------- converting
@@ -197,25 +181,21 @@ class ExecuTorchPredictor(FilePredictor):
         self.class_names = list(self.metadata.get("class_names", []))
 
     def __call__(self, images: Floats) -> Floats:
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
-            expected = ", ".join(map(str, self.image_shape))
-            raise KdctlError(f"{self.path.name} takes images (N, {expected}); these are {tuple(images.shape)}")
+        self.check_images(images)
         logits = np.empty((len(images), self.num_classes), np.float32)
         for i, image in enumerate(np.ascontiguousarray(images, np.float32)):
             logits[i] = self._method.execute([self._tensor(image[None])])[0][0]
         return logits
 
 
-def open_predictor(path: Path | str, threads: int | None = None) -> FilePredictor:
-    """The predictor of a .pte file; in another environment where this one has no ExecuTorch (export/elsewhere.py).
+def open_predictor(path: Path | str, threads: int | None = None) -> ExecuTorchPredictor:
+    """The predictor of a .pte file.
 
-    Raises MissingError where there is no file or no ExecuTorch, KdctlError for a damaged file.
+    Raises MissingError where there is no file, KdctlError for a damaged one.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingError(f"there is no file {path}", hint="kdctl export makes one")
-    if not elsewhere.is_here(TARGET):
-        return elsewhere.open_predictor(TARGET, path, threads)
     return ExecuTorchPredictor(path, threads)
 
 
@@ -257,8 +237,6 @@ def inspect(path: Path) -> Contents:
 
     weights: numbers in filters of convolutions and linears. delegated: XNNPACK's share of the operators.
     """
-    if not elsewhere.is_here(TARGET):
-        return elsewhere.inspect(TARGET, path)
     _load(path)
     with quiet():
         from executorch.exir._serialize._program import deserialize_pte_binary

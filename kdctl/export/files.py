@@ -1,4 +1,4 @@
-"""Files of other runtimes, by target: written, opened and read."""
+"""Files of other runtimes, by target: written, opened, read, here or in an environment of their own (elsewhere.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdctl import registry
-from kdctl.errors import MissingError
+from kdctl.errors import ConfigError, MissingError
+from kdctl.export import elsewhere
 from kdctl.export.base import Contents, Exporter, FilePredictor, Quantization
 
 if TYPE_CHECKING:
@@ -29,19 +30,31 @@ def write(
     exporter.check(quantization)
     if model.record.tokens is not None:
         exporter.check_texts("fp32" if quantization is None else quantization.name)
-    exporter.convert(model, model.record.input_shape, out, metadata, quantization)
+    shape = model.record.input_shape
+    if elsewhere.is_here(target, converting=True):
+        exporter.convert(model, shape, out, metadata, quantization)
+    else:
+        elsewhere.convert(target, dict(arguments or {}), model, shape, out, metadata, quantization)
 
 
 def opener(target: str) -> str:
-    """The function that opens a target's files, as text, for a process that measures."""
-    if target not in registry.catalogue("exporters"):
-        raise MissingError(f"no installed runtime opens '{target}' files", hint="`kdctl list exporters` shows them")
-    return f"kdctl.export.{target}:open_predictor"
+    """The function that opens a target's files, as text, for a process that measures: it stands beside the exporter.
+
+    Raises MissingError for a target that is not installed.
+    """
+    try:
+        place = registry.find("exporters", target).target.rpartition(":")[0]
+    except ConfigError:
+        hint = "`kdctl list exporters` shows them"
+        raise MissingError(f"no installed runtime opens '{target}' files", hint=hint) from None
+    return f"{place}:open_predictor"
 
 
 def open_file(target: str, path: Path, threads: int | None = None) -> FilePredictor:
     """The predictor of a target's file."""
     module, function = opener(target).split(":")
+    if not elsewhere.is_here(target):
+        return elsewhere.open_predictor(target, path, threads)
     predictor: FilePredictor = getattr(importlib.import_module(module), function)(str(path), threads)
     return predictor
 
@@ -49,5 +62,7 @@ def open_file(target: str, path: Path, threads: int | None = None) -> FilePredic
 def inspect(target: str, path: Path) -> Contents:
     """What a target's file holds."""
     module, _ = opener(target).split(":")
+    if not elsewhere.is_here(target):
+        return elsewhere.inspect(target, path)
     contents: Contents = importlib.import_module(module).inspect(path)
     return contents

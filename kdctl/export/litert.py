@@ -22,9 +22,8 @@ import numpy as np
 
 from kdctl import runs
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
-from kdctl.export import elsewhere
 from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization, available_cores
-from kdctl.export.executorch import check_choices, check_images, silent
+from kdctl.export.executorch import check_choices, silent
 from kdctl.export.manifest import preprocessing
 from kdctl.export.onnx import quiet
 
@@ -69,10 +68,7 @@ class LiteRt(Exporter):
     ) -> None:
         self.check(quantization)
         if quantization is not None and quantization.mode == "static":
-            check_images(quantization, image_shape)
-        if not elsewhere.is_here(TARGET, converting=True):
-            elsewhere.convert(TARGET, {}, model, image_shape, out, metadata, quantization)
-            return
+            quantization.calibration_images(image_shape)
         with quiet(), silent():
             data = _converted(model, image_shape)
             if quantization is not None:
@@ -248,9 +244,7 @@ class LiteRtPredictor(FilePredictor):
         self.fixed_batch = None if self.metadata.get("any_batch") else shape[0]
 
     def __call__(self, images: Floats) -> Floats:
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
-            expected = ", ".join(map(str, self.image_shape))
-            raise KdctlError(f"{self.path.name} takes images (N, {expected}); these are {tuple(images.shape)}")
+        self.check_images(images)
         images = np.ascontiguousarray(images, np.float32)
         if len(images) == 0:
             return np.empty((0, self.num_classes), np.float32)
@@ -259,16 +253,14 @@ class LiteRtPredictor(FilePredictor):
         return np.concatenate([self._interpreter(image[None]) for image in images])
 
 
-def open_predictor(path: Path | str, threads: int | None = None) -> FilePredictor:
-    """The predictor of a .tflite file; in another environment where this one has no LiteRT (export/elsewhere.py).
+def open_predictor(path: Path | str, threads: int | None = None) -> LiteRtPredictor:
+    """The predictor of a .tflite file.
 
-    Raises MissingError where there is no file or no LiteRT, KdctlError for a damaged file.
+    Raises MissingError where there is no file, KdctlError for a damaged one.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingError(f"there is no file {path}", hint="kdctl export makes one")
-    if not elsewhere.is_here(TARGET):
-        return elsewhere.open_predictor(TARGET, path, threads)
     return LiteRtPredictor(path, threads)
 
 
@@ -343,8 +335,6 @@ class _Graph:
 
 def inspect(path: Path) -> Contents:
     """Reads a file's sizes and operators. delegated: the share of operators that XNNPACK takes on this machine."""
-    if not elsewhere.is_here(TARGET):
-        return elsewhere.inspect(TARGET, path)
     interpreter = _load(path, 1).interpreter
     data = path.read_bytes()
     graph = _Graph(data)

@@ -17,7 +17,6 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -204,9 +203,7 @@ class OnnxPredictor(FilePredictor):
                 expected = f"token numbers, int64 (N, 1 to {self.tokens.length})"
                 raise KdctlError(f"{self.path.name} takes {expected}; these are {images.dtype} {tuple(images.shape)}")
             return np.ascontiguousarray(images, np.int64)
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
-            expected = ", ".join(map(str, self.image_shape))
-            raise KdctlError(f"{self.path.name} takes images (N, {expected}); these are {tuple(images.shape)}")
+        self.check_images(images)
         return np.ascontiguousarray(images, np.float32)
 
     def _run(self, images: Array) -> Floats:
@@ -244,27 +241,6 @@ class Predicts(Protocol):
     """Images, or token numbers, to logits."""
 
     def __call__(self, images: Array) -> Floats: ...
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far two predictors are apart on the same images. agreement: percent with the same class."""
-
-    max_abs_diff: float
-    agreement: float
-    samples: int
-
-
-def check_parity(a: Predicts, b: Predicts, images: Array, batch_size: int = 256) -> Parity:
-    """Compares the logits of two predictors on images (N, C, H, W), or texts (N, L). Not finite: infinitely far."""
-    largest, same = 0.0, 0.0
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        logits_a, logits_b = a(batch), b(batch)
-        difference = float(np.abs(logits_a - logits_b).max())
-        largest = max(largest, difference if np.isfinite(difference) else float("inf"))
-        same += float((logits_a.argmax(-1) == logits_b.argmax(-1)).mean()) * len(batch)
-    return Parity(largest, 100.0 * same / len(images), len(images))
 
 
 _MOVES = {

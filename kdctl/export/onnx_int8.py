@@ -19,7 +19,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from kdctl.errors import KdctlError
 from kdctl.export import graph
 from kdctl.export.base import Learned, Quantization
 from kdctl.export.graph import LINEAR, Graph
@@ -51,12 +50,7 @@ def static(proto: onnx.ModelProto, image_shape: tuple[int, ...], how: Quantizati
     Ranges of activations come from `how.images`, those of learned layers from training. Raises KdctlError where there
     are no images, they do not fit, or what they become is not finite.
     """
-    images = how.images
-    if images is None or len(images) == 0:
-        raise KdctlError("there are no calibration images", hint="static quantisation needs some of the training split")
-    if images.ndim != 4 or tuple(images.shape[1:]) != tuple(image_shape):
-        expected = ", ".join(map(str, image_shape))
-        raise KdctlError(f"calibration images are {tuple(images.shape)}; the model takes (N, {expected})")
+    images = how.calibration_images(image_shape)
     for i, node in enumerate(proto.graph.node):
         node.name = f"{node.op_type}_{i}"
     plan = _Plan(proto, how)

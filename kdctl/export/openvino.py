@@ -206,9 +206,7 @@ class OpenVinoPredictor(FilePredictor):
         self.request = self.compiled.create_infer_request()
 
     def __call__(self, images: Floats) -> Floats:
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
-            expected = ", ".join(map(str, self.image_shape))
-            raise KdctlError(f"{self.path.name} takes images (N, {expected}); these are {tuple(images.shape)}")
+        self.check_images(images)
         answer = self.request.infer({0: np.ascontiguousarray(images, np.float32)}, share_inputs=True)
         logits: Floats = np.array(answer[0], np.float32)
         return logits

@@ -17,7 +17,7 @@ import numpy as np
 
 from kdctl import runs
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
-from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization
+from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization, reason
 from kdctl.export.manifest import preprocessing
 from kdctl.export.onnx import quiet
 
@@ -67,7 +67,7 @@ class Pt2(Exporter):
                 torch.export.save(program, buffer, extra_files=extra)
         except Exception as error:
             raise KdctlError(
-                f"the model cannot be exported by torch.export: {_reason(error)}",
+                f"the model cannot be exported by torch.export: {reason(error)}",
                 hint="the forward pass must be traceable with any batch size",
             ) from error
         try:
@@ -81,11 +81,6 @@ class Pt2(Exporter):
         if quantization is not None:
             message = f"pt2 files cannot be {quantization.name}: they would be larger and slower than fp32"
             raise ConfigError(Problem(message, key="target", hint="onnx, openvino, executorch and litert are smaller"))
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 # ----------------------------------------------------------------------------------------------------------- predictor
@@ -111,9 +106,7 @@ class Pt2Predictor(FilePredictor):
     def __call__(self, images: Floats) -> Floats:
         import torch
 
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
-            expected = ", ".join(map(str, self.image_shape))
-            raise KdctlError(f"{self.path.name} takes images (N, {expected}); these are {tuple(images.shape)}")
+        self.check_images(images)
         with torch.inference_mode():
             logits: Floats = self.program(torch.from_numpy(np.ascontiguousarray(images, np.float32))).numpy()
         return logits
@@ -141,7 +134,7 @@ def load(path: Path) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
     except KdctlError:
         raise
     except Exception as error:
-        message = f"{path} is damaged or not a .pt2 file of kdctl: {_reason(error)}"
+        message = f"{path} is damaged or not a .pt2 file of kdctl: {reason(error)}"
         raise KdctlError(message, hint="make the artefact again") from error
     return program, metadata
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from kdctl import runs
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
-from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization
+from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization, reason
 from kdctl.export.manifest import preprocessing
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _traced(model: torch.nn.Module, image_shape: tuple[int, ...]) -> torch.jit.S
         program = torch.jit.freeze(torch.jit.trace(model, two, check_trace=False))
         pairs = [(program(images), model(images)) for images in others]
     except Exception as error:
-        raise KdctlError(f"the model cannot be traced for TorchScript: {_reason(error)}", hint=_ANY) from error
+        raise KdctlError(f"the model cannot be traced for TorchScript: {reason(error)}", hint=_ANY) from error
     for images, (answer, expected) in zip(others, pairs, strict=True):
         if not isinstance(expected, torch.Tensor) or expected.ndim != 2 or len(expected) != len(images):
             raise KdctlError("the model cannot be traced for TorchScript: it does not give logits (N, classes)")
@@ -116,11 +116,6 @@ def _traced(model: torch.nn.Module, image_shape: tuple[int, ...]) -> torch.jit.S
 
 
 _ANY = "the forward pass must be the same for any images and any batch size"
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if "Traceback" in str(error) else lines[0])[:300] if lines else type(error).__name__
 
 
 def _save(program: torch.jit.ScriptModule, out: Path, metadata: dict[str, Any]) -> None:
@@ -185,14 +180,12 @@ class TorchScriptPredictor(FilePredictor):
     def __call__(self, images: Floats) -> Floats:
         import torch
 
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
-            expected = ", ".join(map(str, self.image_shape))
-            raise KdctlError(f"{self.path.name} takes images (N, {expected}); these are {tuple(images.shape)}")
+        self.check_images(images)
         try:
             with torch.inference_mode():
                 logits: Floats = self.program(torch.from_numpy(np.ascontiguousarray(images, np.float32))).numpy()
         except RuntimeError as error:
-            raise KdctlError(f"{self.path} cannot be run by this PyTorch: {_reason(error)}") from error
+            raise KdctlError(f"{self.path} cannot be run by this PyTorch: {reason(error)}") from error
         return logits
 
 
@@ -216,7 +209,7 @@ def load(path: Path) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
             program = torch.jit.load(path, map_location="cpu", _extra_files=extra)
         channels, height, width = (int(size) for size in metadata["image_shape"])
     except Exception as error:
-        message = f"{path} is damaged or not a TorchScript file of kdctl: {_reason(error)}"
+        message = f"{path} is damaged or not a TorchScript file of kdctl: {reason(error)}"
         raise KdctlError(message, hint="make the artefact again") from error
     return program, metadata | {"image_shape": [channels, height, width]}
 

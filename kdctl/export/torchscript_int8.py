@@ -56,12 +56,7 @@ def _dynamic(model: Model, how: Quantization) -> None:
 
 
 def _static(model: Model, image_shape: tuple[int, ...], how: Quantization) -> None:
-    images = how.images
-    if images is None or not len(images):
-        raise KdctlError("there are no calibration images", hint="static quantisation needs some of the training split")
-    if images.ndim != 4 or tuple(images.shape[1:]) != tuple(image_shape):
-        expected = ", ".join(map(str, image_shape))
-        raise KdctlError(f"calibration images are {tuple(images.shape)}; the model takes (N, {expected})")
+    images = how.calibration_images(image_shape)
     mapping = ao.get_default_qconfig_mapping(torch.backends.quantized.engine)
     weight = ao.default_per_channel_weight_observer if how.per_channel else ao.default_weight_observer
     mapping.set_global(ao.QConfig(activation=partial(Observer, method=how.calibration), weight=weight))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdctl.errors import ConfigError
+from kdctl.errors import ConfigError, counted
 from kdctl.losses.adapters import FeatureLoss, align, linear_adapter
 from kdctl.losses.base import DryRun
 from kdctl.signals import Batch, Signals
@@ -33,7 +33,7 @@ class CAMKD(FeatureLoss):
     def setup(self, dry_run: DryRun) -> None:
         teachers = _members(dry_run.teacher)
         if len(self.taps) != len(teachers):
-            message = f"there are {len(teachers)} teachers and {len(self.taps)} pairs of taps"
+            message = f"{counted(len(teachers), 'teacher')} and {counted(len(self.taps), 'pair')} of taps"
             raise ConfigError(message, hint="tap pair k is compared with teacher k: give one for each")
         super().setup(dry_run)
 

@@ -25,7 +25,7 @@ class ULD(Loss):
 
     temperature: T, softens both distributions; a map {epoch: T} changes it, linearly in between.
 
-    A stage still refuses a teacher with another number of outputs than its student. Blind to which class is meant:
+    A stage refuses a teacher with another number of outputs than its student. Blind to which class is meant:
     beside a supervised term, never alone. Where classes agree, kd says more.
     """
 

@@ -20,10 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdctl.config.types import Fraction, PositiveInt
-from kdctl.errors import ConfigError, Problem
-
-_HIDDEN = -1e9
-"""What is added to the score of a position that nobody may look at."""
+from kdctl.models.encoder import Encoder, Layers, Pooler, attend, check_heads, check_positions, in_heads, initialise
 
 
 class _Embeddings(nn.Module):
@@ -45,8 +42,6 @@ class _Embeddings(nn.Module):
 
 
 class _SelfAttention(nn.Module):
-    """softmax(q k' / sqrt(d)) v of several heads; in one fused call where nobody taps the softmax."""
-
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
@@ -55,20 +50,8 @@ class _SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        queries, keys, values = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
-        if self.softmax._forward_hooks or self.softmax._forward_pre_hooks:
-            scores = torch.matmul(queries * queries.shape[-1] ** -0.5, keys.transpose(-2, -1))
-            scores = scores if bias is None else scores + bias
-            mixed = torch.matmul(self.dropout(self.softmax(scores)), values)
-        else:
-            share = self.dropout.p if self.training else 0.0
-            bias = None if bias is None else bias.to(queries.dtype)
-            mixed = F.scaled_dot_product_attention(queries, keys, values, bias, share)
-        return mixed.transpose(1, 2).flatten(2)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(N, L, heads * d) to (N, heads, L, d)."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        queries, keys, values = (in_heads(layer(x), self.heads) for layer in (self.query, self.key, self.value))
+        return attend(queries, keys, values, bias, self.softmax, self.dropout)
 
 
 class _Output(nn.Module):
@@ -115,50 +98,6 @@ class _Layer(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         seen = self.attention(x, bias)
         return self.output(self.intermediate(seen), seen)
-
-
-class _Encoder(nn.Module):
-    def __init__(self, depth: int, width: int, heads: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(_Layer(width, heads, hidden, dropout) for _ in range(depth))
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        for layer in self.layer:
-            x = layer(x, bias)
-        return x
-
-
-class _Pooler(nn.Module):
-    """The text's embedding: the first token's hidden state, or the mean of all; behind a tanh layer, unless plain."""
-
-    def __init__(self, width: int, pooling: str, plain: bool) -> None:
-        super().__init__()
-        self.pooling = pooling
-        self.dense = None if plain else nn.Linear(width, width)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        if self.pooling == "mean":
-            weights = mask[:, :, None].to(x.dtype)
-            x = (x * weights).sum(1) / weights.sum(1).clamp_min(1)
-        else:
-            x = x[:, 0]
-        return x if self.dense is None else torch.tanh(self.dense(x))
-
-
-class _Bert(nn.Module):
-    """The encoder: the embedding of a text, or without a pooler the hidden states of its tokens."""
-
-    def __init__(self, embeddings: _Embeddings, encoder: _Encoder, pooler: _Pooler | None) -> None:
-        super().__init__()
-        self.embeddings, self.encoder, self.pooler = embeddings, encoder, pooler
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        x = self.embeddings(input_ids, token_type_ids)
-        bias: Tensor | None = (1 - attention_mask[:, None, None, :].to(x.dtype)) * _HIDDEN
-        if _may_look(attention_mask) and bool(attention_mask.all()):
-            bias = None
-        x = self.encoder(x, bias)
-        return x if self.pooler is None else self.pooler(x, attention_mask)
 
 
 class _Vocabulary(nn.Module):
@@ -212,35 +151,21 @@ class Bert(nn.Module):
         head: str = "sample",
     ) -> None:
         super().__init__()
-        if width % heads:
-            message = f"a width of {width} cannot be divided among {heads} heads"
-            raise ConfigError(Problem(message, key="heads", hint="heads that divide the width"))
-        if positions is not None and positions < max_length:
-            message = f"{positions} positions for texts of up to {max_length} tokens"
-            raise ConfigError(Problem(message, key="positions", hint=f"data.max_length: {positions}"))
+        check_heads(width, heads)
+        check_positions(positions, max_length)
         embeds = head == "embedding"
         pooling = pooling or ("mean" if embeds else "first")
-        self.bert = _Bert(
+        self.bert = Encoder(
             _Embeddings(vocab_size, positions or max_length, width, embedding, dropout),
-            _Encoder(depth, width, heads, hidden or 4 * width, dropout),
-            _Pooler(width, pooling, embeds) if head == "sample" or embeds else None,
+            Layers(_Layer(width, heads, hidden or 4 * width, dropout) for _ in range(depth)),
+            Pooler(width, pooling, embeds) if head == "sample" or embeds else None,
         )
         if head == "vocabulary":
             self.cls = _Vocabulary(width, embedding or width, vocab_size)
         elif not embeds:
             self.dropout = nn.Dropout(dropout)
             self.classifier = nn.Linear(width, num_classes)
-        self._initialise(pad)
-
-    def _initialise(self, pad: int) -> None:
-        """Normal with a deviation of 0.02, biases zero, as published; padding is embedded as zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            self.bert.embeddings.word_embeddings.weight[pad] = 0
+        initialise(self, self.bert.embeddings.word_embeddings, pad)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         seen = self.bert(input_ids, attention_mask, token_type_ids)
@@ -264,12 +189,6 @@ def _own_name(name: str) -> str:
     """The name here of a tensor of a published model; the oldest ones call gains and offsets gamma and beta."""
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     return name.replace("cls.predictions.transform.", "cls.").replace("cls.predictions.bias", "cls.bias")
-
-
-def _may_look(mask: Tensor) -> bool:
-    """Whether the way through the net may depend on what is padding: not in an exported net, nor where the host would
-    wait for the device."""
-    return mask.device.type == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
 
 
 def _is_of_pretraining(name: str) -> bool:

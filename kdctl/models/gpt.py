@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kdctl.config.types import Fraction, PositiveInt
 from kdctl.errors import ConfigError, Problem
+from kdctl.models.encoder import check_heads, check_positions
 
 _UNSEEN = -1e9
 """What is added to the score of a token that comes later."""
@@ -103,12 +104,8 @@ class GPT(nn.Module):
         if head != "vocabulary":
             message = "gpt tells which token comes next, and the task asks for something else"
             raise ConfigError(Problem(message, key="kind", hint="task: {kind: causal_lm}, or kind: bert"))
-        if width % heads:
-            message = f"a width of {width} cannot be divided among {heads} heads"
-            raise ConfigError(Problem(message, key="heads", hint="heads that divide the width"))
-        if positions is not None and positions < max_length:
-            message = f"{positions} positions for texts of up to {max_length} tokens"
-            raise ConfigError(Problem(message, key="positions", hint=f"data.max_length: {positions}"))
+        check_heads(width, heads)
+        check_positions(positions, max_length)
         self.embeddings = _Embeddings(vocab_size, positions or max_length, width, dropout)
         self.layer = nn.ModuleList(_Layer(width, heads, hidden or 4 * width, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kdctl.config.types import Fraction, PositiveInt
 from kdctl.errors import ConfigError, Problem
-from kdctl.models.bert import _Bert, _Encoder, _Pooler
+from kdctl.models.encoder import Encoder, Layers, Pooler, attend, check_heads, check_positions, in_heads, initialise
 
 _NORM_EPS = 1e-12
 
@@ -96,7 +96,7 @@ class _Projection(nn.Module):
 
 
 class _SelfAttention(nn.Module):
-    """softmax(q k' / sqrt(d)) v of several heads; in one fused call where nobody taps the softmax."""
+    """Queries and keys of one input, values of another."""
 
     def __init__(self, form: _Form) -> None:
         super().__init__()
@@ -109,20 +109,9 @@ class _SelfAttention(nn.Module):
 
     def forward(self, relating: Tensor, valued: Tensor, bias: Tensor | None) -> Tensor:
         parts = self.query(relating), self.key(relating), self.value(valued)
-        queries, keys, values = (self._heads(part) for part in parts)
+        queries, keys, values = (in_heads(part, self.heads) for part in parts)
         bias = None if bias is None else bias.to(queries.dtype)
-        if self.softmax._forward_hooks or self.softmax._forward_pre_hooks:
-            scores = torch.matmul(queries * queries.shape[-1] ** -0.5, keys.transpose(-2, -1))
-            scores = scores if bias is None else scores + bias
-            mixed = torch.matmul(self.dropout(self.softmax(scores)), values)
-        else:
-            share = self.dropout.p if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(queries, keys, values, bias, share)
-        return mixed.transpose(1, 2).flatten(2)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(N, L, heads * d) to (N, heads, L, d)."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return attend(queries, keys, values, bias, self.softmax, self.dropout)
 
 
 class _Attention(nn.Module):
@@ -204,20 +193,6 @@ class _Layer(nn.Module):
         return self.output(self.intermediate(seen), seen, x)
 
 
-class _Layers(_Encoder):
-    """Layers of another kind than BERT's, run like those."""
-
-    def __init__(self, layers: list[_Layer]) -> None:
-        nn.Module.__init__(self)
-        self.layer = nn.ModuleList(layers)
-
-
-class _MobileBert(_Bert):
-    """The encoder, as BERT's, of other embeddings and layers."""
-
-    embeddings: _Embeddings  # type: ignore[assignment]
-
-
 class _Vocabulary(nn.Module):
     """Which token a hidden state stands for: by the embeddings, whose rows are made as wide as the states."""
 
@@ -284,26 +259,16 @@ class MobileBert(nn.Module):
         embeds = head == "embedding"
         sizes = width, bottleneck, heads, hidden or 4 * bottleneck, feedforwards
         form = _Form(*sizes, inputs, norm, activation, dropout)
-        self.mobilebert = _MobileBert(
-            _Embeddings(vocab_size, positions or max_length, width, embedding, norm, pad),  # type: ignore[arg-type]
-            _Layers([_Layer(form) for _ in range(depth)]),
-            _Pooler(width, "mean" if embeds else "first", embeds) if head == "sample" or embeds else None,
+        self.mobilebert = Encoder(
+            _Embeddings(vocab_size, positions or max_length, width, embedding, norm, pad),
+            Layers(_Layer(form) for _ in range(depth)),
+            Pooler(width, "mean" if embeds else "first", embeds) if head == "sample" or embeds else None,
         )
         if head == "vocabulary":
             self.cls = _Vocabulary(width, embedding, vocab_size, activation)
         elif not embeds:
             self.classifier = nn.Linear(width, num_classes)
-        self._initialise(pad)
-
-    def _initialise(self, pad: int) -> None:
-        """Normal with a deviation of 0.02, biases zero, as published; padding is embedded as zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            self.mobilebert.embeddings.word_embeddings.weight[pad] = 0
+        initialise(self, self.mobilebert.embeddings.word_embeddings, pad)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         seen = self.mobilebert(input_ids, attention_mask, token_type_ids)
@@ -328,15 +293,11 @@ def _activate(x: Tensor, activation: str) -> Tensor:
 
 def _check(width: int, bottleneck: int, heads: int, embedding: int, positions: int | None, max_length: int) -> None:
     """Raises ConfigError for sizes that do not go together."""
-    if bottleneck % heads:
-        message = f"a bottleneck of {bottleneck} cannot be divided among {heads} heads"
-        raise ConfigError(Problem(message, key="heads", hint="heads that divide the bottleneck"))
+    check_heads(bottleneck, heads, "bottleneck")
     if embedding > width:
         message = f"embeddings of {embedding} are wider than the layers, {width}"
         raise ConfigError(Problem(message, key="embedding", hint=f"embedding: up to {width}"))
-    if positions is not None and positions < max_length:
-        message = f"{positions} positions for texts of up to {max_length} tokens"
-        raise ConfigError(Problem(message, key="positions", hint=f"data.max_length: {positions}"))
+    check_positions(positions, max_length)
 
 
 def _is_of_pretraining(name: str) -> bool:

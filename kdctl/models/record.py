@@ -55,6 +55,8 @@ class ModelRecord:
     class_order: list[int] | None = None
     """For each class of the data the net's own number of it, -1 where it has none; None where they are the same."""
     tokens: TokenInput | None = None
+    reads: TokenInput | None = None
+    """What the net's own numbers mean, where it reads texts by another tokenizer than that of `tokens`."""
     head: str = "sample"
     """What the model answers for: "sample", or of texts "token", "vocabulary", which token stands at each place, or
     "embedding", a vector of each text; that one has no classes."""
@@ -101,7 +103,7 @@ class ModelRecord:
     def to_dict(self) -> dict[str, Any]:
         """The record as a JSON document."""
         document = {"format": FORMAT, **dataclasses.asdict(self)}
-        for name in ("structure", "tokens"):
+        for name in ("structure", "tokens", "reads"):
             if document[name] is None:
                 del document[name]
         for name, usual in (("head", "sample"), ("link", "softmax")):
@@ -158,6 +160,10 @@ class Model(nn.Module):
         """Logits of float images (N, C, H, W) in [0, 1], or of token numbers, int64 (N, L), padded behind."""
         outputs = self._see(inputs) if self.record.tokens is None else self._read(inputs, self.record.tokens)
         return outputs if self.record.class_order is None else _reordered(outputs, self.record.class_order)
+
+    def around(self, net: nn.Module) -> Model:
+        """The same model with another net inside, such as one that is faster."""
+        return Model(net, self.record, self.base)
 
     def _read(self, numbers: Tensor, tokens: TokenInput) -> Any:
         given = {"input_ids": numbers, "attention_mask": tokens.is_text(numbers).long()}

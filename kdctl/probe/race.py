@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
+from kdctl.errors import counted
+
 BUDGET_S = 5.0
 _LEAST_S = 0.5
 _SHARE = 0.05
@@ -40,8 +42,8 @@ class Choice:
         return self.precision != "fp32", self.layout != "contiguous", self.compile, self.threads
 
     def __str__(self) -> str:
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return ", ".join([self.precision, self.layout, threads, *(["compiled"] if self.compile else [])])
+        compiled = ["compiled"] if self.compile else []
+        return ", ".join([self.precision, self.layout, counted(self.threads, "thread"), *compiled])
 
 
 Measure = Callable[[Choice], float]

@@ -8,8 +8,9 @@ from typing import Any
 
 from kdctl import runs
 from kdctl.report import numbers as n
-from kdctl.report.claims import Side, about, label, sides, unit_of
+from kdctl.report.claims import Side, about, label, sides
 from kdctl.report.facts import STUDENT, Document, Facts, collect
+from kdctl.report.numbers import unit_of
 from kdctl.report.origin import command_text, not_shown
 from kdctl.runs import Run
 

@@ -12,24 +12,15 @@ from kdctl.report import numbers as n
 from kdctl.report import plots
 from kdctl.report.blocks import Cell, Figure, Figures, Items, Prose, Section, Table
 from kdctl.report.facts import BASELINE, STUDENT, Document, Facts, RunFacts
-from kdctl.report.numbers import NONE, said, shown
+from kdctl.report.numbers import NONE, said, shown, unit_of
 
 WITH_CONTROL = "kdctl train CONFIG --with-baseline --seeds 5"
 PLACEBOS = "kdctl train CONFIG --with-baseline --seeds 5 --controls random_teacher,shuffled_labels"
-UNITS = {
-    "top1": "top-1, %", "top5": "top-5, %", "ece": "ECE, %", "nll": "NLL, nats", "map": "mAP, %",
-    "macro_f1": "macro F1, %", "micro_f1": "micro F1, %", "bce": "BCE, nats", "spearman": "Spearman, %",
-    "pearson": "Pearson, %", "nearest": "nearest of its class, %", "mse": "MSE",
-}  # fmt: skip
 
 
 def label(name: str) -> str:
     """How a model is called on the page: the baseline is the control, `random_teacher` a random teacher."""
     return "control (no teacher)" if name == BASELINE else name.replace("_", " ")
-
-
-def unit_of(metric: str) -> str:
-    return UNITS.get(metric, metric)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 from kdctl.report.compare import COSTS, Document
 
-FORMATS = ("table", "md", "csv", "json", "html")
 MISSING = "-"
 _EXPLAINED = (
     "value: of several seeds their mean [95 % interval]; against: minus {baseline}, seed by seed within a group, else "

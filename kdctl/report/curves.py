@@ -7,12 +7,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from kdctl.errors import counted
 from kdctl.report import numbers as n
 from kdctl.report import plots
 from kdctl.report.blocks import Cell, Figure, Figures, Prose, Section, Table
-from kdctl.report.claims import label, unit_of
+from kdctl.report.claims import label
 from kdctl.report.facts import BASELINE, Document, Facts, RunFacts
-from kdctl.report.numbers import said, shown
+from kdctl.report.numbers import said, shown, unit_of
 from kdctl.report.plots import Series
 
 _WIDE = 20.0
@@ -82,7 +83,7 @@ def _many(lines: Sequence[Document], field: str, title: str, y: str, key: str, s
     log = field == "terms" and bool(values) and min(values) > 0 and max(values) > _WIDE * min(values)
     last: Mapping[str, Any] = lines[-1].get(field) or {}
     ends = ", ".join(f"{name} {value:.4f}" for name, value in last.items() if n.is_number(value))
-    text = f"{title}, stage {stage}, over {len(lines)} epochs; in the last one: {ends}."
+    text = f"{title}, stage {stage}, over {counted(len(lines), 'epoch')}; in the last one: {ends}."
     drawn = plots.lines(key, title, series, "epoch", y, text, log=log)
     told = Markup(", ").join(
         Markup("{} {}").format(said(name), shown(value, n.four_places)) for name, value in last.items()

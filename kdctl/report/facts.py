@@ -177,7 +177,6 @@ class Facts:
     """All runs of the group that there are, the lead among them; the lead alone without a group."""
     group: Document | None = None
     """The file of the group: members and, once all are done, result."""
-    group_path: Path | None = None
     others: list[RunFacts] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -236,7 +235,7 @@ def collect(given: Sequence[Run], keep: bool = False) -> Facts:
         lead = next((member for member in members if member.name == STUDENT), first)
     mine = {member.run.path.resolve() for member in members}
     others = [RunFacts(run, notes) for run in given[1:] if run.path.resolve() not in mine]
-    return Facts(lead, members, group, path, others, notes)
+    return Facts(lead, members, group, others, notes)
 
 
 def _group_path(run: RunFacts) -> Path | None:

@@ -18,7 +18,14 @@ NONE = Markup('<span class="none" title="no number">–</span>')
 """What stands where there is no number."""
 
 FRACTIONS = {"nll", "bce", "brier", "kl", "js", "temperature", "loss", "mse", "perplexity"}
-"""Metrics that are no percentages."""
+"""Metrics that are no percentages: they are written with four places."""
+
+UNITS = {
+    "top1": "top-1, %", "top5": "top-5, %", "ece": "ECE, %", "nll": "NLL, nats", "map": "mAP, %",
+    "macro_f1": "macro F1, %", "micro_f1": "micro F1, %", "bce": "BCE, nats", "spearman": "Spearman, %",
+    "pearson": "Pearson, %", "nearest": "nearest of its class, %", "mse": "MSE",
+}  # fmt: skip
+"""How metrics are called on the page; one that is not listed by its own name."""
 
 
 def said(text: object) -> Markup:
@@ -85,6 +92,15 @@ def p_text(value: Number) -> str:
 def text_of(metric: str) -> Callable[[Number], str]:
     """How a metric is written: fractions with four places, percentages with two."""
     return four_places if metric.split("_")[0] in FRACTIONS else two_places
+
+
+def unit_of(metric: str) -> str:
+    return UNITS.get(metric, metric)
+
+
+def agreement_text(value: Number, metrics: Iterable[str]) -> str:
+    """How far two models agree, as the task that has these metrics measures it (tasks.base.Task.agreement)."""
+    return f"{value:.2f} %" if "spearman" not in metrics else f"{value:.2f} (Spearman's correlation x 100)"
 
 
 def _scaled(value: Number, steps: list[tuple[float, str]], unit: str, divisors: dict[str, float] | None = None) -> str:

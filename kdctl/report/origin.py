@@ -72,8 +72,13 @@ def _provenance(known: dict[str, Any]) -> Table:
     for teacher in known.get("teachers") or []:
         rows.append(["teacher", said(f"{teacher.get('kind')} {teacher.get('weights') or ''}".strip())])
         rows.append(["teacher, SHA-256", _hash(teacher.get("sha256"))])
+    for source in known.get("inherited") or []:
+        rows.append(["the student begins with weights of", said(source.get("source", "-"))])
+        rows.append(["these weights, SHA-256 of the file", _hash(source.get("sha256"))])
     student = known.get("student") or {}
     rows += [["student", said(student.get("kind", "-"))], ["student, SHA-256", _hash(student.get("sha256"))]]
+    for name, own in (known.get("code") or {}).items():
+        rows.append([said(f"code/{name}, SHA-256"), _hash(own)])
     return Table("Provenance (provenance.json)", ["what", "value"], rows)
 
 

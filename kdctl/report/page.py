@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdctl import __version__, runs
+from kdctl.errors import counted
 from kdctl.report import claims, curves, origin, price, quality
 from kdctl.report.blocks import Section
 from kdctl.report.facts import Facts, collect
@@ -77,7 +78,7 @@ def _subtitle(facts: Facts) -> Any:
     parts = [Markup("run {}").format(said(facts.lead.run))]
     if len(facts.members) > 1:
         seeds = len({member.seed for member in facts.members})
-        parts.append(Markup("{} runs of its group, {} seeds").format(len(facts.members), seeds))
+        parts.append(Markup("{} runs of its group, {}").format(len(facts.members), counted(seeds, "seed")))
     if facts.others:
         parts.append(Markup("compared with {} more").format(len(facts.others)))
     return Markup("; ").join(parts)

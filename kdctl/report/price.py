@@ -10,9 +10,9 @@ from markupsafe import Markup
 from kdctl.report import numbers as n
 from kdctl.report import plots
 from kdctl.report.blocks import Block, Cell, Figure, Figures, Section, Table
-from kdctl.report.claims import Side, sides, unit_of
+from kdctl.report.claims import Side, sides
 from kdctl.report.facts import BASELINE, Document, Facts, RunFacts
-from kdctl.report.numbers import NONE, said, shown
+from kdctl.report.numbers import NONE, said, shown, unit_of
 
 
 def cost(facts: Facts, command: str) -> Section:

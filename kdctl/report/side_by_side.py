@@ -9,10 +9,9 @@ from markupsafe import Markup
 from kdctl.report import numbers as n
 from kdctl.report import plots
 from kdctl.report.blocks import Cell, Figure, Figures, Items, Section, Table
-from kdctl.report.claims import unit_of
 from kdctl.report.compare import compare
 from kdctl.report.facts import Document, Facts
-from kdctl.report.numbers import NONE, said, shown
+from kdctl.report.numbers import NONE, said, shown, unit_of
 
 SOURCE = "kdctl compare"
 """Where the numbers of this section come from, means and differences over seeds among them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,10 +27,6 @@ class Task:
     "embedding", nothing: a class, where a text has one, is what the model is measured by."""
     link: ClassVar[Literal["softmax", "sigmoid", "identity", "embedding"]] = "softmax"
     """How its logits become what is learnt: Signals.link."""
-
-    def collate(self, samples: Sequence[tuple[Any, Any, int]]) -> Batch:
-        """A batch of clean samples, each (input, target, index)."""
-        raise NotImplementedError
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """What the model says of a batch, in the model's own form."""

@@ -7,11 +7,9 @@ wins. A row with a NaN decides for no class.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
@@ -26,15 +24,6 @@ class Classification(Task):
     """One of C classes a sample: cross entropy, top-1."""
 
     primary: ClassVar[str] = "top1"
-
-    def collate(self, samples: Sequence[tuple[Any, Any, int]]) -> Batch:
-        """Images (C, H, W), uint8 or float in [0, 1], to one float batch (N, C, H, W)."""
-        images = torch.stack([torch.as_tensor(image) for image, _, _ in samples])
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        targets = torch.tensor([int(target) for _, target, _ in samples])
-        index = torch.tensor([index for _, _, index in samples])
-        return Batch(images, targets, index, torch.full_like(index, -1))
 
     def supervised(
         self, student: Signals, batch: Batch, *, label_smoothing: float = 0.0, **_: Any

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdctl.config.types import NonNegativeInt, Positive
-from kdctl.errors import ConfigError, Problem
+from kdctl.errors import ConfigError, Problem, counted
 from kdctl.signals import Batch, Signals
 
 
@@ -100,7 +100,7 @@ class Weighted(Combination):
 
     def weights(self, members: Sequence[Signals], batch: Batch) -> Tensor:
         if len(self._weights) != len(members):
-            message = f"{len(self._weights)} weights for {len(members)} teachers"
+            message = f"{counted(len(self._weights), 'weight')} for {counted(len(members), 'teacher')}"
             raise ConfigError(Problem(message, key="ensemble.weights", hint="one a teacher, in their order"))
         rows = members[0].rows()
         return rows.new_tensor(self._weights)[:, None].expand(-1, len(rows)) / sum(self._weights)
@@ -187,7 +187,7 @@ class ClassGroups(Combination):
 
     def weights(self, members: Sequence[Signals], batch: Batch) -> Tensor:
         if len(self.groups) != len(members):
-            message = f"{len(self.groups)} groups for {len(members)} teachers"
+            message = f"{counted(len(self.groups), 'group')} for {counted(len(members), 'teacher')}"
             raise ConfigError(Problem(message, key="ensemble.groups", hint="one a teacher, in their order"))
         rows = members[0].rows()
         table_KC = rows.new_zeros(len(members), rows.shape[1])

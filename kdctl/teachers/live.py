@@ -38,7 +38,7 @@ class LiveTeacher(Teacher):
         net = self._net if dtype is None or ":" in self._model.record.kind else lowered(self._net, dtype)
         self._asked = self._model
         if net is not self._model.net:
-            self._asked = Model(net, self._model.record, self._model.base).to(next(net.parameters()).device).eval()
+            self._asked = self._model.around(net).to(next(net.parameters()).device).eval()
         self._taps = Taps(net, self.taps)
 
     @torch.no_grad()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from kdctl.losses.base import DryRun, Loss
+from kdctl.losses.tokens import check_padding
 from kdctl.signals import Batch, Signals
 from kdctl.teachers.combine import Combination
 
@@ -18,6 +20,8 @@ class Several(Loss):
     losses: the term, once for each teacher in their order, with the taps of that teacher. Logits are asked for where
     the term looks at them or the teachers are weighed by them.
     """
+
+    leaves_padding_out: ClassVar[bool] = True  # `setup` asks each of its losses
 
     def __init__(self, losses: Sequence[Loss], combination: Combination) -> None:
         super().__init__()
@@ -34,7 +38,9 @@ class Several(Loss):
         assert dry_run.teacher is not None
         seen = zip(self._each(), _members(dry_run.teacher), dry_run.teacher_nets, strict=True)
         for loss, teacher, net in seen:
-            loss.setup(replace(dry_run, teacher=teacher, teacher_nets=[net]))
+            own = replace(dry_run, teacher=teacher, teacher_nets=[net])
+            check_padding(loss, own)
+            loss.setup(own)
 
     def bind(self, student_net: nn.Module) -> None:
         for loss in self._each():

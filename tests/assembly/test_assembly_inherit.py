@@ -216,7 +216,7 @@ def test_refused(teacher: Model, train: TokenSplit) -> None:
         (bert(width=32), Inherit(), [teacher], "student.inherit", "is wider than the teacher"),
         (bert(depth=5), Inherit(), [teacher], "student.inherit.layers", "a student of 5 layers inherits from 4"),
         (bert(depth=2), Inherit(layers=[0, 4]), [teacher], "student.inherit.layers", "got layer 4; allowed: 0 to 3"),
-        (bert(depth=2), Inherit(layers=[0]), [teacher], "student.inherit.layers", "got 1 layers for a student of 2"),
+        (bert(depth=2), Inherit(layers=[0]), [teacher], "student.inherit.layers", "got 1 layer for a student of 2"),
         (bert(), Inherit(), [], "student.inherit.source", "no teacher"),
         (bert(words=other), Inherit(), [teacher], "student.inherit.source", "by another tokenizer"),
         (bert(embedding=8), Inherit(), [teacher], "student.inherit.widths", "the student's token embeddings are fact"),

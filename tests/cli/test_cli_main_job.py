@@ -65,8 +65,21 @@ def test_the_three_commands_and_their_documents(call: Any) -> None:
     assert set(small) >= {"artefact", "variant", "runtime", "before", "same_runtime", "after", "gates", "notes"}
     again = document(call("eval", small["artefact"], "--json"))
     assert again["metrics"] == small["after"]["metrics"]
+    _measuring_refuses_what_it_would_ignore(call, small["artefact"])
     code, out, _ = call("list", "runs")
     assert code == 0 and "job/001" in out
+
+
+def _measuring_refuses_what_it_would_ignore(call: Any, artefact: str) -> None:
+    asked = ("student.width=3", "data.eval_batch_size=100", "data.batch_size=100", "train.device=cpu", "name=b")
+    refused = document(call("eval", "--json", *asked), 3)["errors"]
+    assert [each["key"] for each in refused] == ["student.width", "data.batch_size", "train.device", "name"]
+    assert [each["file"] for each in refused] == ["override 1", "override 3", "override 4", "override 5"]
+    assert refused[1]["hint"] == "data.eval_batch_size" and refused[2]["hint"] == "--device"
+    teacher = "stages.student.teacher.control=true"
+    assert document(call("eval", "--json", "--device", "cpu", teacher, "data.split_seed=0"))["agreement"] is not None
+    assert document(call("eval", "--json", teacher.replace("student", "1", 1)))["agreement"] is not None
+    assert document(call("eval", artefact, "--json", teacher), 3)["errors"][0]["key"] == teacher.partition("=")[0]
 
 
 def test_a_gate_in_the_file_fails_the_command_and_keeps_the_run(call: Any) -> None:

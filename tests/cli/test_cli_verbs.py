@@ -395,6 +395,16 @@ def test_check_prints_the_plan(run, document, here):
     assert "digits_cnn (width 4)" in text and "2 epochs, supervised" in text and "lr 0.05" in text
 
 
+def test_check_names_a_users_file_without_its_folder(run, here):
+    (here / "own.py").write_text(OWN)
+    models = "student: {kind: ./own.py:Net}\nteacher: {kind: digits_cnn, train: {epochs: 1}}\n"
+    loss = "losses: [{kind: ./own.py:Mine, taps: [a], weight: 2}]\n"
+    (here / "own.yaml").write_text("data: {kind: digits}\n" + models + loss)
+    code, out, _ = run("check", "own.yaml")
+    assert code == 0 and "student  own.py:Net (width 4)" in out and "epochs, 2 x own.py:Mine (sharpness 2.0)" in out
+    assert str(here) not in out
+
+
 def test_check_says_how_the_step_is_made(run, here):
     teachers = "teacher: [{kind: digits_cnn, width: 8, control: true}, {kind: mlp, hidden: [4], control: true}]\n"
     (here / "a.yaml").write_text(SMALL + teachers + "ensemble: {kind: ebkd}\nmethod: {kind: dot}\nbalance: gradient\n")

@@ -17,6 +17,7 @@ from kdctl.compress.channels.rules import follow
 from kdctl.compress.prune import Prune, recalibrate, within
 from kdctl.errors import ConfigError, KdctlError
 from kdctl.models.record import Model, ModelRecord, build_model, load_model, save_model
+from kdctl.signals import CLEAN, Batch
 from kdctl.tasks.classification import Classification
 
 CLASSES = [str(i) for i in range(10)]
@@ -43,8 +44,9 @@ def bench_of(model: Model, count: int = 64) -> Workbench:
 
     def batches():
         for start in range(0, count, 32):
-            rows = range(start, min(start + 32, count))
-            yield task.collate([(torch.from_numpy(images[i]), int(labels[i]), i) for i in rows])
+            rows = torch.arange(start, min(start + 32, count))
+            pixels, targets = torch.from_numpy(images[rows]), torch.from_numpy(labels[rows])
+            yield Batch(pixels, targets, rows, torch.full_like(rows, CLEAN))
 
     return Workbench(
         task, lambda: iter([images[:32], images[32:]]), batches, lambda predict: 0.0, lambda: 0.0, lambda text: None

@@ -75,7 +75,7 @@ def test_a_source_is_a_path_beside_its_file(write: Callable[..., Path]) -> None:
 
 WRONG: list[tuple[list[str], str, str, str]] = [
     (["student.inherit.layers=[0, 6]"], "student.inherit.layers", "got layer 6; allowed: 0 to 5", "from 0"),
-    (["student.inherit.layers=[0]"], "student.inherit.layers", "got 1 layers for a student of 2", "0, 5"),
+    (["student.inherit.layers=[0]"], "student.inherit.layers", "got 1 layer for a student of 2", "0, 5"),
     (["student.inherit.layers=[-1, 0]"], "student.inherit.layers.0", "got -1; allowed: a number >= 0", ""),
     (["student.inherit.layers=[]"], "student.inherit.layers", "allowed", ""),
     (["student.depth=8"], "student.inherit.layers", "a student of 8 layers inherits from 6", "some of them twice"),

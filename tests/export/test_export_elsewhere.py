@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kdctl.errors import ConfigError, KdctlError, MissingError
-from kdctl.export import elsewhere
+from kdctl.export import elsewhere, files
 from kdctl.export.base import Contents, Learned, Quantization
 from kdctl.models.record import ModelRecord, build_model
 
@@ -207,11 +207,24 @@ def test_here_it_is_this_interpreter():
 
 
 def test_no_library_no_variable_names_the_extra(model, tmp_path, monkeypatch):
-    from kdctl.export.litert import LiteRt
-
     monkeypatch.setitem(elsewhere.LIBRARIES, "litert", ("no_such_library",))
     monkeypatch.delenv("KDCTL_LITERT_PYTHON", raising=False)
     with pytest.raises(MissingError, match=r"kdctl\[litert\].*KDCTL_LITERT_PYTHON") as caught:
-        LiteRt().convert(model, SHAPE, tmp_path / "m.tflite", {})
+        files.write("litert", model, tmp_path / "m.tflite", {})
     assert caught.value.code == 4
     assert os.listdir(tmp_path) == []
+
+
+def test_files_of_a_target_that_is_not_here_go_there(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(elsewhere.LIBRARIES, "onnx", ("no_such_library",))
+    asked, path = [], tmp_path / "model.onnx"
+    for name in ("convert", "open_predictor", "inspect"):
+        monkeypatch.setattr(elsewhere, name, lambda *given, name=name: asked.append((name, *given)))
+    files.write("onnx", model, path, {}, None, {"opset": 19})
+    files.open_file("onnx", path, 2)
+    files.inspect("onnx", path)
+    assert asked == [
+        ("convert", "onnx", {"opset": 19}, model, SHAPE, path, {}, None),
+        ("open_predictor", "onnx", path, 2),
+        ("inspect", "onnx", path),
+    ]

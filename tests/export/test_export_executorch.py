@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kdctl.errors import ConfigError, KdctlError, MissingError
-from kdctl.export import elsewhere, executorch
+from kdctl.export import elsewhere, executorch, files
 from kdctl.export.base import Learned, Quantization
 from kdctl.export.executorch import ExecuTorch, left_behind
 from kdctl.models.record import ModelRecord, build_model
@@ -51,7 +51,7 @@ def logits(model):
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("executorch") / "model.pte"
-    ExecuTorch().convert(model, SHAPE, path, {"class_names": NAMES, "record": {"kind": "resnet8"}})
+    files.write("executorch", model, path, {"class_names": NAMES, "record": {"kind": "resnet8"}})
     return path
 
 
@@ -59,13 +59,13 @@ def exported(model, tmp_path_factory):
 def static(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("executorch") / "model.pte"
     kept = frozenset({"layer2.0.conv1"})
-    ExecuTorch().convert(model, SHAPE, path, {}, Quantization(images=images(32, 1), calibration="mse", keep=kept))
+    files.write("executorch", model, path, {}, Quantization(images=images(32, 1), calibration="mse", keep=kept))
     return path
 
 
 @needs_executorch
 def test_program_is_the_model(exported, logits):
-    predictor = executorch.open_predictor(exported)
+    predictor = files.open_file("executorch", exported)
     np.testing.assert_allclose(predictor(images(24)), logits, atol=1e-4)
     assert predictor(images(0)).shape == (0, 4)
     assert predictor.runtime.startswith("executorch 1.")
@@ -79,7 +79,7 @@ def test_program_is_the_model(exported, logits):
 
 @needs_executorch
 def test_all_of_it_is_delegated(exported, model):
-    contents = executorch.inspect(exported)
+    contents = files.inspect("executorch", exported)
     assert contents.delegated == 1.0  # shortcuts that pad would be left to portable kernels, were they not convolved
     shortcuts = 32 * 16 + 64 * 32
     assert contents.weights == sum(p.numel() for p in model.net.parameters() if p.ndim > 1) + shortcuts
@@ -90,10 +90,10 @@ def test_all_of_it_is_delegated(exported, model):
 
 @needs_executorch
 def test_int8_static_with_a_layer_kept(static, exported, logits):
-    given = executorch.open_predictor(static)(images(24))
+    given = files.open_file("executorch", static)(images(24))
     noise = 10 * np.log10((logits**2).sum() / ((given - logits) ** 2).sum())
     assert noise > 20
-    contents, plain = executorch.inspect(static), executorch.inspect(exported)
+    contents, plain = files.inspect("executorch", static), files.inspect("executorch", exported)
     assert contents.weight_bytes < 0.4 * plain.weight_bytes
     assert contents.float_operators["Conv2d"] == 1
     assert contents.int8_operators > 10
@@ -106,13 +106,13 @@ def test_damaged_file(exported, tmp_path, damage):
     path = tmp_path / "model.pte"
     path.write_bytes(damage(exported.read_bytes()))
     with pytest.raises(KdctlError, match="damaged or not an ExecuTorch program"):
-        executorch.open_predictor(path)
+        files.open_file("executorch", path)
 
 
 @needs_executorch
 def test_threads_stay_as_they_are_where_none_are_given(exported):
     before = os.sched_getaffinity(0)
-    executorch.open_predictor(exported)
+    files.open_file("executorch", exported)
     assert os.sched_getaffinity(0) == before
 
 
@@ -132,11 +132,11 @@ def test_learned_scales_are_kept(model, tmp_path):
         found = {"fc": Learned(np.full(4, 0.05, np.float32), 4, (0.0, bound))}
         rest = frozenset({"conv1", "layer1", "layer2", "layer3", "pool"})
         wanted = Quantization(images=images(24), keep=rest, learned=found)
-        ExecuTorch().convert(model, SHAPE, tmp_path / "m.pte", {}, wanted)
+        files.write("executorch", model, tmp_path / "m.pte", {}, wanted)
     finally:
         with torch.no_grad():
             model.net.fc.weight.copy_(before)
-    given = executorch.open_predictor(tmp_path / "m.pte")(images(24))
+    given = files.open_file("executorch", tmp_path / "m.pte")(images(24))
     assert np.abs(given - expected).max() < 0.05 * np.abs(expected).max()
     assert 4 * np.float32(0.05).tobytes() in (tmp_path / "m.pte").read_bytes()
 
@@ -147,9 +147,9 @@ def test_what_is_refused(model, tmp_path):
         convert(model, SHAPE, out, {}, Quantization("fp16", "weight_only"))
     with pytest.raises(ConfigError, match="no calibration 'entropy'; allowed: minmax, mse"):
         convert(model, SHAPE, out, {}, Quantization(images=images(2), calibration="entropy"))
-    with pytest.raises(ConfigError, match="there are none"):
+    with pytest.raises(ConfigError, match="there are no calibration images"):
         convert(model, SHAPE, out, {}, Quantization())
-    with pytest.raises(ConfigError, match=r"takes images \(N, 3, 16, 16\), those for calibration are \(2, 3, 8, 8\)"):
+    with pytest.raises(ConfigError, match=r"calibration images are \(2, 3, 8, 8\); the model takes \(N, 3, 16, 16\)"):
         convert(model, SHAPE, out, {}, Quantization(images=np.zeros((2, 3, 8, 8), np.float32)))
     with pytest.raises(ConfigError, match="one a group"):
         convert(model, SHAPE, out, {}, Quantization(mode="dynamic", group_size=32))
@@ -179,5 +179,5 @@ def test_operator_that_no_delegate_takes(tmp_path):
     )
     model = build_model(ModelRecord("./net.py:Net", {}, 4, NAMES, list(SHAPE)), tmp_path)
     with pytest.raises(KdctlError, match=r"cumsum \(1\) would run on slow portable kernels"):
-        ExecuTorch().convert(model.eval(), SHAPE, tmp_path / "model.pte", {})
+        files.write("executorch", model.eval(), tmp_path / "model.pte", {})
     assert not (tmp_path / "model.pte").exists()

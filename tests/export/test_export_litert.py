@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kdctl.errors import ConfigError, KdctlError, MissingError
-from kdctl.export import elsewhere, litert
+from kdctl.export import elsewhere, files, litert
 from kdctl.export.base import Learned, Quantization
 from kdctl.export.litert import LiteRt
 from kdctl.models.record import ModelRecord, build_model
@@ -51,7 +51,7 @@ def logits(model):
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("litert") / "model.tflite"
-    LiteRt().convert(model, SHAPE, path, {"class_names": NAMES, "record": {"kind": "resnet8"}})
+    files.write("litert", model, path, {"class_names": NAMES, "record": {"kind": "resnet8"}})
     return path
 
 
@@ -62,7 +62,7 @@ def noise(given, expected):
 
 @needs_litert
 def test_file_is_the_model(exported, logits):
-    predictor = litert.open_predictor(exported, 1)
+    predictor = files.open_file("litert", exported, 1)
     for n in (24, 1, 5):
         np.testing.assert_allclose(predictor(images(24)[:n]), logits[:n], atol=1e-4)
     assert predictor(images(0)).shape == (0, 4)
@@ -79,7 +79,7 @@ def test_file_is_the_model(exported, logits):
 
 @needs_litert
 def test_all_of_it_is_delegated(exported, model):
-    contents = litert.inspect(exported)
+    contents = files.inspect("litert", exported)
     assert contents.delegated == 1.0  # shortcuts that pad would not be, were they not convolved
     shortcuts = 32 * 16 + 64 * 32
     assert contents.weights == sum(p.numel() for p in model.net.parameters() if p.ndim > 1) + shortcuts
@@ -91,10 +91,10 @@ def test_all_of_it_is_delegated(exported, model):
 @needs_litert
 def test_int8_static_with_a_layer_kept(exported, model, logits, tmp_path):
     quantization = Quantization(images=images(32, 1), keep=frozenset({"layer2.0.conv1"}))
-    LiteRt().convert(model, SHAPE, tmp_path / "m.tflite", {}, quantization)
-    assert noise(litert.open_predictor(tmp_path / "m.tflite", 1)(images(24)), logits) > 20
-    contents = litert.inspect(tmp_path / "m.tflite")
-    assert contents.weight_bytes < 0.45 * litert.inspect(exported).weight_bytes
+    files.write("litert", model, tmp_path / "m.tflite", {}, quantization)
+    assert noise(files.open_file("litert", tmp_path / "m.tflite", 1)(images(24)), logits) > 20
+    contents = files.inspect("litert", tmp_path / "m.tflite")
+    assert contents.weight_bytes < 0.45 * files.inspect("litert", exported).weight_bytes
     # The kept layer, and the normalisation of images, are in float: nothing else is.
     assert contents.float_operators == {"SUB": 1, "MUL": 1, "CONV_2D": 1}
     assert contents.int8_operators == 8 + 3 + 1 + 1  # convolutions, sums, the pooling, the linear
@@ -108,9 +108,9 @@ def test_int8_static_with_a_layer_kept(exported, model, logits, tmp_path):
     ("fp16", "weight_only", 50, 0.55),
 ])  # fmt: skip
 def test_weights_in_fewer_bits(exported, model, logits, tmp_path, dtype, mode, least, share):
-    LiteRt().convert(model, SHAPE, tmp_path / "m.tflite", {}, Quantization(dtype, mode))
-    assert least < noise(litert.open_predictor(tmp_path / "m.tflite", 1)(images(24)), logits) < 100
-    contents, plain = litert.inspect(tmp_path / "m.tflite"), litert.inspect(exported)
+    files.write("litert", model, tmp_path / "m.tflite", {}, Quantization(dtype, mode))
+    assert least < noise(files.open_file("litert", tmp_path / "m.tflite", 1)(images(24)), logits) < 100
+    contents, plain = files.inspect("litert", tmp_path / "m.tflite"), files.inspect("litert", exported)
     assert contents.weight_bytes < share * plain.weight_bytes
     assert contents.weights == plain.weights
     assert contents.int8_operators == (10 if mode == "dynamic" else 0)
@@ -122,7 +122,7 @@ def test_damaged_file(exported, tmp_path, damage):
     path = tmp_path / "model.tflite"
     path.write_bytes(damage(exported.read_bytes()))
     with pytest.raises(KdctlError, match="damaged or not a LiteRT model"):
-        litert.open_predictor(path)
+        files.open_file("litert", path)
 
 
 def test_what_is_refused(model, tmp_path):
@@ -131,7 +131,7 @@ def test_what_is_refused(model, tmp_path):
         convert(model, SHAPE, out, {}, Quantization("bf16", "weight_only"))
     with pytest.raises(ConfigError, match="no calibration 'mse'; allowed: minmax"):
         convert(model, SHAPE, out, {}, Quantization(images=images(2), calibration="mse"))
-    with pytest.raises(ConfigError, match=r"takes images \(N, 3, 16, 16\), those for calibration are \(2, 16, 16, 3\)"):
+    with pytest.raises(ConfigError, match=r"calibration images are \(2, 16, 16, 3\); the model takes \(N, 3, 16, 16\)"):
         convert(model, SHAPE, out, {}, Quantization(images=np.zeros((2, 16, 16, 3), np.float32)))
     with pytest.raises(ConfigError, match="one a group"):
         convert(model, SHAPE, out, {}, Quantization("int4", "weight_only", group_size=32))

@@ -119,12 +119,10 @@ def test_chance_is_the_most_frequent_class() -> None:
     assert TASK.chance([0, 0, 0, 1, 2, IGNORE, IGNORE]) == 60.0
 
 
-def test_collate() -> None:
-    image = torch.full((1, 2, 2), 255, dtype=torch.uint8)
-    made = TASK.collate([(image, 3, 7), (0 * image, IGNORE, 9)])
-    assert made.inputs.dtype == torch.float32 and made.inputs.amax((1, 2, 3)).tolist() == [1.0, 0.0]
-    assert made.targets.tolist() == [3, IGNORE] and made.index.tolist() == [7, 9] and made.view.tolist() == [-1, -1]
-    assert int(TASK.num_labelled(made)) == 1
+def test_samples_without_a_label_are_not_counted() -> None:
+    made = batch(3)
+    made.targets[1] = IGNORE
+    assert int(TASK.num_labelled(made)) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from kdctl import build, extension, runs
@@ -160,9 +161,11 @@ def test_a_pipeline_of_all_kinds(run: runs.Run, tmp_path: Path) -> None:
         {"kind": "low_rank", "keep_ratio": 0.7, "round_to": 1},
         {"kind": "finetune", "epochs": 1},
         {"kind": "finetune", "name": "qat", "epochs": 1, "method": {"kind": "qat"}},
-        {"kind": "export", "target": "onnx"},
+        {"kind": "export", "target": "onnx", "opset": 19},
     )
     assert [d["target"] for d in documents] == ["torch"] * 4 + ["onnx"]
+    opsets = {o.domain: o.version for o in onnx.load(Path(documents[-1]["artefact"]) / "model.onnx").opset_import}
+    assert opsets[""] == 19, "an option of the exporter holds for what learnt to be quantised too"
     sizes = [d["after"]["parameters"] for d in documents]
     assert documents[0]["before"]["parameters"] > sizes[0] > sizes[1]
     assert documents[0]["after"]["macs"] < documents[0]["before"]["macs"]

@@ -140,3 +140,16 @@ def test_what_has_no_meaning_for_embeddings_is_one_clear_error(folder: Path, cha
         build.build_data(load_experiment(folder / "small.yaml").experiment)
     (problem,) = caught.value.problems
     assert problem.key == key and message in problem.message and problem.hint
+
+
+def test_teachers_of_unlike_width_have_no_mean(experiment: Callable[..., Experiment]) -> None:
+    one = "{kind: bert, depth: 1, heads: 2, control: true, width: "
+    other = f"teacher=[{one}24}}, {one}%d}}]"
+    assert smoke(experiment(other % 24, text=FILE), Reporter())["stages"] == ["student"]
+    padded = "losses=[{kind: similarity_preserving, weight: 1, taps: [bert.encoder.layer.0]}]"
+    with pytest.raises(ConfigError, match="padding among these tokens"):
+        smoke(experiment(other % 24, padded, text=FILE), Reporter())
+    with pytest.raises(ConfigError) as caught:
+        smoke(experiment(other % 32, text=FILE), Reporter())
+    (problem,) = caught.value.problems
+    assert problem.key == "teacher.1" and "32 dimensions" in problem.message and "one width" in str(problem.hint)

@@ -57,6 +57,25 @@ def test_weights_have_one_hash_in_whatever_file_they_are(
     assert foreign == {"kind": "digits_cnn", "weights": str(folder / "foreign.pth"), "sha256": own["sha256"]}
 
 
+def test_own_code_and_inherited_weights_are_hashed(run_it: Callable[..., tuple[runs.Run, Any]], folder: Path) -> None:
+    first, _ = run_it("train.epochs=1")
+    said = runs.read_json(first / "provenance.json")
+    assert said["inherited"] == [] and said["code"] == {}
+    (folder / "own.py").write_text(
+        "from kdctl.losses.kd import KD\n\n\nclass Own(KD):\n"
+        '    """The same under another name."""\n\n    def __init__(self) -> None:\n        super().__init__()\n'
+    )
+    run, _ = run_it("train.epochs=1", f"student.inherit.source={first}", f"losses=[{{kind: '{folder}/own.py:Own'}}]",
+                    "distill=null")  # fmt: skip
+    said = runs.read_json(run / "provenance.json")
+    (source,) = said["inherited"]
+    assert source["sha256"] == hashlib.sha256((first / "student.safetensors").read_bytes()).hexdigest()
+    assert said["code"] == {"own.py": hashlib.sha256((folder / "own.py").read_bytes()).hexdigest()}
+    (first / "student.safetensors").unlink()
+    write_provenance(run, load_run(run), build.build_data(load_run(run)))
+    assert runs.read_json(run / "provenance.json")["inherited"] == [{"source": source["source"], "sha256": None}]
+
+
 def test_a_teacher_that_is_gone_has_no_hash(run_it: Callable[..., tuple[runs.Run, Any]]) -> None:
     run, _ = run_it("train.epochs=1")
     (run.stage_dir("teacher") / "model.safetensors").unlink()
@@ -73,6 +92,6 @@ def test_the_config_of_a_run_repeats_it_bit_for_bit(
     other = runs.Run(Path(again["run"]))
     assert other.path != run.path and again["student"] == document["student"]
     first, second = (runs.read_json(r / "provenance.json") for r in (run, other))
-    for key in ("config_sha256", "data", "teachers", "student"):
+    for key in ("config_sha256", "data", "teachers", "inherited", "student", "code"):
         assert first[key] == second[key]
     assert (run / "eval" / "test.npz").read_bytes() == (other / "eval" / "test.npz").read_bytes()
