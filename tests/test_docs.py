@@ -40,6 +40,7 @@ PAGES = [
     "teachers",
     "own_model",
     "own_loss",
+    "python",
     "distributed",
     "compression",
     "deployment",
@@ -47,7 +48,7 @@ PAGES = [
     "text",
 ]
 """Pages of docs/ whose commands are all run as they stand."""
-UNTIMED = ["compression", "deployment", "reports", "text"]
+UNTIMED = ["compression", "python", "deployment", "reports", "text"]
 """Those that measure latencies in fresh processes, which takes longer than all else: test_readme has that."""
 DOCS = ["README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in PAGES)]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

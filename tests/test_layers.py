@@ -49,8 +49,8 @@ ORDER = [
     ["pipeline"],
     ["extension", "control", "group"],
     ["experiment", "smoke"],
-    ["search"],
     ["cli"],
+    ["api"],
     ["__main__"],
 ]
 """The rooms from the bottom up; rooms of one row may use each other without going in circles, unless SIBLINGS."""
