@@ -52,7 +52,7 @@ def kdctl(tmp_path):
     def call(*arguments: str, blocked: list[str] = HEAVY) -> Outcome:
         report = tmp_path / "report.json"
         code = _HARNESS.format(blocked=blocked, arguments=list(arguments), report=str(report))
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=home, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=home, timeout=600)
         seen = json.loads(report.read_text()) if report.exists() else {"tried": [], "modules": []}
         return Outcome(done.returncode, done.stdout, done.stderr, seen["tried"], seen["modules"])
 

@@ -145,7 +145,7 @@ def torchrun(folder: Path, *arguments: str, done: str, restarts: int = 0) -> sub
     settings = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *settings, *arguments],
-        cwd=folder, capture_output=True, text=True, timeout=60,
+        cwd=folder, capture_output=True, text=True, timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DONE": str(folder / done)},
     )  # fmt: skip
 
@@ -195,7 +195,7 @@ def nproc(folder: Path, name: str, what: str, *arguments: str) -> tuple[int, dic
     """`kdctl train --nproc 2` in which the second process fails: exit code, JSON document and stderr."""
     given = ["train", "small.yaml", f"name={name}", dying(1, what), "--nproc", "2", "--json", *arguments]
     ended = subprocess.run(
-        [sys.executable, "-m", "kdctl", *given], cwd=folder, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-m", "kdctl", *given], cwd=folder, capture_output=True, text=True, timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DONE": str(folder / name)},
     )  # fmt: skip
     assert "Traceback" not in ended.stderr
