@@ -145,7 +145,8 @@ def apply_settings(settings: RunSettings) -> None:
     if isinstance(settings.threads, int):
         torch.set_num_threads(settings.threads)
     on_cuda = torch.device("cpu" if settings.device == "auto" else settings.device).type == "cuda"
-    torch.use_deterministic_algorithms(not on_cuda, warn_only=True)  # on CUDA they are slower, and not all there
+    # On CUDA they are slower, and not all there. (use_deterministic_algorithms would import the compiler: two seconds.)
+    torch.set_deterministic_debug_mode("default" if on_cuda else "warn")
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - a debugging aid that costs a tenth of the time
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if on_cuda:
@@ -187,4 +188,6 @@ def compiled(model: nn.Module) -> nn.Module:
     """
     functorch: Any = importlib.import_module("torch._functorch.config")
     functorch.donated_buffer = False
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()  # apply_settings does not tell the compiler
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled(), warn_only=warns)
     return torch.compile(model)  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from kdctl.config.expand import load_experiment
 from kdctl.config.schema import Experiment
 from kdctl.control import BASELINE, CONTROLS, Made, check_controls, with_shared_teachers
 from kdctl.data.prepare import Data
-from kdctl.errors import ConfigError, KdctlError, MissingError, counted
+from kdctl.errors import ConfigError, MissingError, counted
 from kdctl.group import MAIN, role_of, summarize_group
 from kdctl.pipeline import run_stages
 from kdctl.probe import choose
@@ -93,18 +93,12 @@ def _members(seeds: Sequence[int], controls: Sequence[str]) -> list[dict[str, An
 
 def resume(run: Run, reporter: Reporter, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Continues an unfinished run, and the group it belongs to; overrides such as data.root=... hold for this time."""
-    if run.info["status"] == "done" and not _group_of(run).is_file():
-        raise KdctlError(f"{run} is done: there is nothing to resume", hint="`kdctl train` starts a new run")
+    runs.check_unfinished(run)
     return _continue(run, reporter, overrides)
 
 
-def _group_of(run: Run) -> Path:
-    """The file of a run's group; no file where it has none."""
-    return run.path.parent / (run.info.get("group") or "")
-
-
 def _continue(run: Run, reporter: Reporter, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    group = _group_of(run)
+    group = runs.group_of(run)
     if group.is_file():
         return _run_group(group, _experiment_of(group), reporter, overrides)
     return run_stages(run, load_run(run, overrides), reporter)

@@ -70,6 +70,9 @@ SINGULAR = {
     "exporters": "exporter", "loggers": "logger",
 }  # fmt: skip
 
+USER_MODULE = "kdctl_user_"
+"""How the names of modules begin that are users' files."""
+
 _ZOOS = {
     "torchvision": "torchvision_models:TorchvisionModel",
     "timm": "timm_models:TimmModel",
@@ -380,7 +383,7 @@ def _is_beside(path: Path, module: str | None) -> bool:
 
 def _import_file(path: Path) -> Any:
     """The module of a user's file, under a name made from its path, once a process."""
-    name = f"kdctl_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    name = f"{USER_MODULE}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

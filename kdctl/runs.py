@@ -296,6 +296,17 @@ def is_run(path: Path) -> bool:
     return (path / "run.json").is_file() and (path / "config.yaml").is_file()
 
 
+def group_of(run: Run) -> Path:
+    """The file of a run's group; no file where it has none."""
+    return run.path.parent / (run.info.get("group") or "")
+
+
+def check_unfinished(run: Run) -> None:
+    """Raises KdctlError where neither the run nor its group has anything left to do."""
+    if run.info["status"] == "done" and not group_of(run).is_file():
+        raise KdctlError(f"{run} is done: there is nothing to resume", hint="`kdctl train` starts a new run")
+
+
 def holds_model(weights: str) -> bool:
     """Whether weights are kdctl's own: a run directory, or a file with its record beside it."""
     path = Path(weights)

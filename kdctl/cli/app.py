@@ -175,10 +175,20 @@ def _as_kdctl_error(error: Exception) -> KdctlError:
         return OutOfMemoryError(f"memory does not suffice: {error}", hint=hint)
     if isinstance(error, OSError):
         return KdctlError(Problem(error.strerror or str(error), file=_text(error.filename)))
-    return KdctlError(
-        f"internal error: {type(error).__name__}: {error}",
-        hint="this is a fault of kdctl; run with --debug for the traceback",
-    )
+    said = f"{type(error).__name__}: {error}"
+    if (place := _own_code(error)) is not None:
+        return KdctlError(f"{place}: {said}", hint="the code that you gave failed; run with --debug for the traceback")
+    return KdctlError(f"internal error: {said}", hint="this is a fault of kdctl; run with --debug for the traceback")
+
+
+def _own_code(error: Exception) -> str | None:
+    """The last line of a user's own file (`kind: ./file.py:Class`) on the way to the error, if there is one."""
+    from kdctl import registry
+
+    lines = traceback.extract_tb(error.__traceback__)
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [line for line, name in zip(lines, names, strict=True) if name.startswith(registry.USER_MODULE)]
+    return f"{own[-1].filename}:{own[-1].lineno}, in {own[-1].name}" if own else None
 
 
 _ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer exports the subclass alone

@@ -24,9 +24,12 @@ def export(
     targets, dtypes = _words(to, registry.catalogue("exporters"), "--to"), _words(dtype, DTYPES, "--dtype")
     run, start = _found(what)
     from kdctl.config.recipe import recipe_of_options, with_stages
+    from kdctl.export.elsewhere import python_of
 
     recipes = [recipe_of_options([_stage(target, kind, start)]) for target in targets for kind in dtypes]
     all_of = [with_stages(run.config, options.overrides, recipe) for recipe in recipes]  # says what is wrong with any
+    if len(targets) == 1:
+        python_of(targets[0], converting=True)  # of several, what can be made is made
     console.say("loading torch ...")
     from kdctl import extension
     from kdctl.cli.progress import TextReporter

@@ -22,6 +22,7 @@ def resume(
     found = runs.find(run)
     if processes.starts_others(nproc):
         return processes.start(nproc)
+    runs.check_unfinished(found)
     console.say("loading torch ...")
     from kdctl import experiment
     from kdctl.cli.progress import TextReporter

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import types as builtin_types
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Union
 
@@ -40,8 +40,11 @@ class Checked:
     unknown: list[str] = field(default_factory=list)
 
 
-def check_arguments(component: Component, written: Mapping[str, Any]) -> Checked:
-    """Checks what a file gives a component. Values that are wrong are kept as they are, beside the problem."""
+def check_arguments(component: Component, written: Mapping[str, Any], reserved: Container[str] = ()) -> Checked:
+    """Checks what a file gives a component. Values that are wrong are kept as they are, beside the problem.
+
+    reserved: keys beside the arguments that have a meaning of their own, which no argument can be given by.
+    """
     signature = registry.signature(component)
     known = signature.arguments
     checked = Checked()
@@ -63,7 +66,10 @@ def check_arguments(component: Component, written: Mapping[str, Any]) -> Checked
         else:
             checked.unknown.append(key)
     for name, parameter in known.items():
-        if parameter.required and name not in checked.values:
+        if parameter.required and name in reserved and not component.is_builtin:
+            message = f"the argument '{name}' of '{component.name}' has the name of a key of kdctl, which goes first"
+            checked.problems.append(((name,), message, "give it another name or a default in the class"))
+        elif parameter.required and name not in checked.values:
             message = f"argument '{name}' of '{component.name}' is missing; allowed: {parameter.annotation}"
             checked.problems.append(((name,), message, f"add {name}: ..."))
     return checked

@@ -169,7 +169,7 @@ class _Check:
             component = registry.find(group, kind, origin.base if origin else self.base)
             reserved = [*site.keys, *site.model.model_fields, kind_key]
             written = {str(k): v for k, v in site.value.items() if k not in reserved}
-            checked = check_arguments(component, written)
+            checked = check_arguments(component, written, reserved)
         except KdctlError as error:
             for problem in error.problems:
                 self._report(place, problem.message, problem.hint)

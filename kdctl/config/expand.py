@@ -79,7 +79,8 @@ def expand(file: ExperimentFile) -> Experiment:
 def complete(spec: C, group: str, keep: Sequence[str] = ()) -> C:
     """The component with the defaults of its class written out, in the order of its signature."""
     kind = str(spec.arguments["target"]) if group == "exporters" else spec.kind
-    signature = registry.signature(registry.find(group, kind))
+    component = registry.find(group, kind)
+    signature = registry.signature(component)
     given = {signature.aliases.get(name, name): value for name, value in spec.arguments.items()}
     # Weights with a record say themselves what they are: a default would contradict them.
     recorded = isinstance(spec, ModelSpec) and spec.weights is not None and holds_model(spec.weights)
@@ -89,6 +90,8 @@ def complete(spec: C, group: str, keep: Sequence[str] = ()) -> C:
     rest = {name: value for name, value in given.items() if name not in ordered}
     kept = {name: rest.pop(name) for name in keep if name in rest}
     own = {info.alias or name: getattr(spec, name) for name, info in type(spec).model_fields.items()}
+    if not component.is_builtin:  # what is named like a key of ours, no file can give: it keeps its default
+        ordered = {name: value for name, value in ordered.items() if name not in own}
     own = {key: value for key, value in own.items() if value is not None}
     if group != "exporters":
         own["kind"] = registry.canonical(group, kind)

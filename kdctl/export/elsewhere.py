@@ -70,10 +70,11 @@ def python_of(target: str, converting: bool = False) -> str:
         raise MissingError(
             f"{target} is not installed",
             hint=f"pip install 'kdctl[{target}]', or set {name} to the Python of an environment that has it "
-            "(scripts/make-runtimes makes one)",
+            "(scripts/make-runtimes of the repository makes one)",
         )
     if not os.access(python, os.X_OK) or Path(python).is_dir():
-        raise MissingError(f"{name} is {python}, and that is no Python", hint="scripts/make-runtimes makes one")
+        hint = "scripts/make-runtimes of the repository makes one"
+        raise MissingError(f"{name} is {python}, and that is no Python", hint=hint)
     return python
 
 

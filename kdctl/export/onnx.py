@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import logging
@@ -114,11 +115,43 @@ def to_graph(
 
     fixed: paths of layers whose weights stay as they are; in other layers what scales their input is folded.
     """
-    import torch
-
     from kdctl.export import graph
 
     copied = copy.deepcopy(model).cpu().float().eval()
+    proto = graph.simplify(_traced(copied, image_shape, opset), fixed)
+    graph.name_weights(proto, {name: tensor.numpy() for name, tensor in copied.state_dict().items()})
+    return proto
+
+
+_TRACED: dict[str, onnx.ModelProto] = {}
+"""What torch's exporter made last, by what it was made of: it takes seconds, and what was quantised for a runtime is
+then held against its own fp32 file there."""
+
+
+def _traced(model: nn.Module, image_shape: tuple[int, ...], opset: int) -> onnx.ModelProto:
+    """The graph as torch's exporter leaves it, not made again for a model of equal record, layers and weights."""
+    if not hasattr(model, "record"):
+        return _trace(model, image_shape, opset)  # nothing says what its code is
+    key = _fingerprint(model, image_shape, opset)
+    if key not in _TRACED:
+        _TRACED.clear()
+        _TRACED[key] = _trace(model, image_shape, opset)
+    return _TRACED[key]
+
+
+def _fingerprint(model: nn.Module, image_shape: tuple[int, ...], opset: int) -> str:
+    digest = hashlib.sha256(repr((model.record, model, image_shape, opset)).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        array = np.ascontiguousarray(tensor.detach().numpy())
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _trace(model: nn.Module, image_shape: tuple[int, ...], opset: int) -> onnx.ModelProto:
+    """Raises KdctlError where the model cannot be traced."""
+    import torch
+
     axes, given, inputs = {0: torch.export.Dim("batch")}, INPUT, torch.zeros(2, *image_shape)
     if (tokens := _tokens_of(model)) is not None:
         axes[1], given = torch.export.Dim("length"), TEXT_INPUT
@@ -126,7 +159,7 @@ def to_graph(
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
-                copied, (inputs,), dynamo=True, opset_version=opset, dynamic_shapes=(axes,),
+                model, (inputs,), dynamo=True, opset_version=opset, dynamic_shapes=(axes,),
                 input_names=[given], output_names=[OUTPUT], verbose=False,
             )  # fmt: skip
     except Exception as error:
@@ -136,9 +169,7 @@ def to_graph(
             hint="the forward pass must be traceable by torch.export with any batch size and length of texts",
         ) from error
     assert program is not None  # dynamo=True always gives a program
-    proto = graph.simplify(program.model_proto, fixed)
-    graph.name_weights(proto, {name: tensor.numpy() for name, tensor in copied.state_dict().items()})
-    return proto
+    return program.model_proto
 
 
 def _tokens_of(model: nn.Module) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import pytest
 
-from kdctl import __version__
+from kdctl import __version__, registry
 from kdctl.cli import app, console
 from kdctl.cli.verb import Argument, ExperimentOptions, Option, Options, Reply
 from kdctl.errors import ConfigError, GateError, Interrupted, Problem
@@ -181,6 +181,17 @@ def test_a_fault_of_ours_is_one_line(run):
     assert (code, out) == (1, "")
     assert err.startswith("internal error: ZeroDivisionError: division by zero\n")
     assert "--debug" in err and "Traceback" not in err
+
+
+def test_a_fault_in_the_users_own_file_names_its_line(run, tmp_path):
+    (tmp_path / "mine.py").write_text("class Mine:\n    def load(self):\n        return undefined\n")
+    try:
+        registry.create("data", "./mine.py:Mine", {}, tmp_path).load()
+    except NameError as error:
+        ERRORS.append(error)
+    code, _, err = run("failing")
+    assert code == 1 and err.startswith(f"{tmp_path}/mine.py:3, in load: NameError: name 'undefined' is not defined\n")
+    assert "fault of kdctl" not in err
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("x"), ConfigError("x")])

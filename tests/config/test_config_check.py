@@ -326,6 +326,16 @@ def test_a_component_of_the_users(fine, problems, write, tmp_path):
     assert set(found) == {"losses.0.s", "losses.0.other", "losses.0.tabel"}
 
 
+def test_an_argument_of_the_users_that_is_named_like_a_key(fine, problems, write):
+    """`classes` of a teacher means something else: its default stays in the class, and required it can never come."""
+    write("class Net:\n    def __init__(self, classes=10, width=3):\n        pass\n", "mine.py")
+    write("class Net:\n    def __init__(self, classes, width=3):\n        pass\n", "strict.py")
+    teacher = fine(BASE + "teacher: {kind: ./mine.py:Net, weights: w.pth}\n").train_stages[0].teacher
+    assert teacher.classes is None and teacher.arguments == {"width": 3}
+    (problem,) = problems(BASE + "teacher: {kind: ./strict.py:Net, train: {epochs: 1}}\n")
+    assert problem.key == "teacher.classes" and "has the name of a key of kdctl" in problem.message
+
+
 def test_a_component_of_the_users_that_is_not_python(problems, write):
     write("class Mine(:\n", "mine.py")
     (problem,) = problems(BASE + "losses: [{kind: ./mine.py:Mine}]\n")

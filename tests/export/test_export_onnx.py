@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx
 import pytest
@@ -11,7 +13,9 @@ from torch import nn
 from kdctl import __version__, runs
 from kdctl.errors import ConfigError, KdctlError, MissingError
 from kdctl.export import manifest
+from kdctl.export import onnx as exporter
 from kdctl.export.onnx import Onnx, OnnxPredictor, inspect, record_metadata
+from kdctl.models.record import ModelRecord, build_model
 
 SHAPE = (3, 10, 12)
 RECORD = {"kind": "net", "class_names": ["one", "twö", "three", "four"], "normalize": {"mean": [0.4], "std": [0.2]}}
@@ -45,6 +49,21 @@ def exported(net, tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     Onnx().convert(net, SHAPE, path, record_metadata(RECORD))
     return path
+
+
+def test_a_model_is_traced_once_until_it_changes(monkeypatch):
+    """What was quantised is held against its own fp32 file: the same model, loaded again."""
+    record = ModelRecord("mlp", {"hidden": []}, 4, list("abcd"), [3, 4, 4], {"mean": [0.5], "std": [0.25]})
+    torch.manual_seed(0)
+    first, calls, trace = build_model(record), [], exporter._trace
+    monkeypatch.setattr(exporter, "_trace", lambda *given: calls.append(given) or trace(*given))
+    exporter._TRACED.clear()
+    protos = [exporter.to_graph(model, (3, 4, 4)) for model in (first, copy.deepcopy(first))]
+    assert len(calls) == 1 and protos[0] == protos[1]
+    with torch.no_grad():
+        next(first.parameters()).mul_(2)
+    changed = exporter.to_graph(first, (3, 4, 4))
+    assert len(calls) == 2 and changed != protos[0]
 
 
 def images(n):

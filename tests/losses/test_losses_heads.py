@@ -209,7 +209,7 @@ class TestCAMKD:
 
     def test_a_tap_for_each_teacher(self, three: Any, build: Build) -> None:
         del three[0].features["h"]
-        with pytest.raises(ConfigError, match="there are 3 teachers and 2 pairs of taps"):
+        with pytest.raises(ConfigError, match="3 teachers and 2 pairs of taps"):
             build("ca_mkd", three)
 
     def test_each_teacher_has_its_own_adapter(self, three: Any, build: Build) -> None:

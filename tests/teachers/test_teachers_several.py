@@ -237,10 +237,10 @@ def test_a_term_that_sees_members_gets_all_of_them_once(tmp_path: Path) -> None:
 
 
 WRONG = [
-    ("losses: [{kind: ce}, {kind: fitnet, taps: [{student: layer2, teacher: [layer2]}]}]", "1 places for 2 teachers"),
+    ("losses: [{kind: ce}, {kind: fitnet, taps: [{student: layer2, teacher: [layer2]}]}]", "1 place for 2 teachers"),
     ("losses: [{kind: ce}, {kind: fitnet, taps: [{student: a, teacher: [a, b, c]}]}]", "3 places for 2 teachers"),
     ("ensemble: {kind: weighted, weights: [1, 2, 3]}", "3 weights for 2 teachers"),
-    ("ensemble: {kind: class_groups, groups: [[1]]}", "1 groups for 2 teachers"),
+    ("ensemble: {kind: class_groups, groups: [[1]]}", "1 group for 2 teachers"),
 ]
 
 
