@@ -33,7 +33,7 @@ _STAND_INS = {
     "fashion_mnist": ((1, 28, 28), 10),
 }
 """Image shape and number of classes of data that have to be fetched first."""
-_OF_TEXTS = ("text", "corpus")
+_OF_TEXTS = ("text", "corpus", "hub_text", "hub_corpus")
 _ASKED = ("next", "hidden", "embedding")
 
 
@@ -44,6 +44,8 @@ def smoke(experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
     """
     notes: list[str] = []
     data = _data(experiment, notes)
+    for note in notes:
+        reporter.say(f"note: {note}")
     stages = [_shortened(s, notes) if isinstance(s, TrainStage) else _cheap(s) for s in experiment.stages]
     short = experiment.model_copy(
         update={

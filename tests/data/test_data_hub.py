@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kdctl.config.expand import load_experiment
 from kdctl.data.base import Dataset
 from kdctl.data.hub import HubCorpus, HubText
 from kdctl.data.tokens import TokenSplit
 from kdctl.errors import ConfigError, MissingError
 from kdctl.signals import IGNORE
+from kdctl.smoke import smoke
+from kdctl.watch import Reporter
 
 pytest.importorskip("tokenizers")
 
@@ -25,10 +29,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_the_library_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingError) as caught:
         HubText(name="glue", subset="sst2").load()
     assert caught.value.problems[0].hint == "pip install 'kdctl[datasets]'"
+
+
+@pytest.mark.parametrize(
+    "data", ["{kind: hub_text, name: glue, subset: sst2, text: sentence}", "{kind: hub_corpus, name: wikitext}"]
+)
+def test_a_smoke_run_needs_neither_library_nor_network(
+    data: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    task, model = ("causal_lm", "gpt") if "corpus" in data else ("text_classification", "bert")
+    text = f"name: x\ntask: {{kind: {task}}}\ndata: {data}\nstudent: {{kind: {model}, depth: 1, width: 16, heads: 2}}\n"
+    (folder / "x.yaml").write_text(text)
+    experiment = load_experiment(folder / "x.yaml", require_files=False).experiment
+    done = smoke(experiment, Reporter())
+    assert "synthetic texts stand in" in done["notes"][0]
 
 
 @pytest.mark.parametrize("given", [{}, {"name": "glue", "root": "."}])

@@ -105,6 +105,7 @@ def test_pairs_become_a_split() -> None:
 def test_table_entries_are_sources_that_the_registry_can_make(name: str) -> None:
     arguments = {"npz": {"path": "x.npz"}, "image_folder": {"root": "x"}, "text": {"root": "x"}}.get(name, {})
     arguments |= {"root": "x", "target": "next"} if name == "corpus" else {}
+    arguments |= {"name": "x", "target": "next" if name == "hub_corpus" else "class"} if name.startswith("hub_") else {}
     assert isinstance(registry.create("data", name, arguments), Source)
 
 
@@ -545,6 +546,8 @@ def test_folder_errors(folder: Path, tmp_path: Path) -> None:
     image_file(folder / "test" / "cats" / "x.png", noise(4, 4, 3))
     with pytest.raises(ConfigError, match=r"class 'cats' is not in.*did you mean 'cat'"):
         ImageFolder(root=str(folder)).load()
+    with pytest.raises(MissingError, match=r"move cat, dog .* into train, and a part of each into test"):
+        ImageFolder(root=str(folder / "train")).load()  # the classes lie in the root itself
     bare = folder / "bare" / "train"
     bare.mkdir(parents=True)
     with pytest.raises(MissingError, match="no folder of a class"):
