@@ -60,10 +60,11 @@ def test_latest_is_the_newest_main_run(tmp_path: Path) -> None:
 
 def test_runs_are_found_by_name_number_and_path(tmp_path: Path) -> None:
     run = make(tmp_path, "digits")
+    make(tmp_path, "digits", role="control")  # is later, and not what the name means
     for text in ("digits", "digits/001", str(run.path)):
         assert runs.find(text, tmp_path).path.resolve() == run.path.resolve()
     with pytest.raises(MissingError) as error:
-        runs.find("digits/002", tmp_path)
+        runs.find("digits/003", tmp_path)
     assert error.value.problems[0].hint
 
 

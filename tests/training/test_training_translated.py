@@ -49,16 +49,18 @@ def texts(folder: Path) -> Path:
         rows = [[*draw.choices(WORDS, k=draw.randrange(9)), ("bad", "good")[n % 2]] for n in range(count)]
         lines = [f"{' '.join(row)}\t{' '.join(reversed(row))}\t{('neg', 'pos')[n % 2]}" for n, row in enumerate(rows)]
         (folder / "texts" / f"{name}.tsv").write_text("\n".join(["text\tpair\tlabel", *lines]))
-    (folder / "other.json").write_text(Tokenizer.trained([" ".join(WORDS), "good bad"], 42).text)
+    for name, kind in (("other", "wordpiece"), ("signs", "characters")):
+        (folder / f"{name}.json").write_text(Tokenizer.trained([" ".join(WORDS), "good bad"], 42, kind).text)
     return folder / "texts"
 
 
-@pytest.mark.parametrize("pair", ["null", "pair"])
-def test_it_says_what_it_says_in_its_own_run(pair: str, folder: Path, run_it: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("pair", "other"), [("null", "signs"), ("pair", "other")])
+def test_it_says_what_it_says_in_its_own_run(pair: str, other: str, folder: Path, run_it: Callable[..., Any]) -> None:
     """Logits of every test text agree with those of the teacher's own run, live and out of the store."""
     own, _ = run_it(f"data.pair={pair}", text=TEACHER)
     stored = "teacher_cache={store: logits, dtype: fp32}"
-    run, _ = run_it(f"data.pair={pair}", stored, "data.augment=[{kind: mask_tokens, rate: 0.2}]", text=STUDENT)
+    text = STUDENT.replace("other.json", f"{other}.json")
+    run, _ = run_it(f"data.pair={pair}", stored, text=text)
     experiment = load_run(run)
     data = build.build_data(experiment)
     (teacher,) = build.build_teachers(experiment.stages[-1], data, 0, lambda name: folder / name)
