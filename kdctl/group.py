@@ -21,6 +21,8 @@ _OTHER_SPLITS = {
     "val": "the best checkpoint of each run was picked on it, so values are too high",
     "train": "values say nothing about other samples",
 }
+LITTLE = 20.0
+"""A share of the gradient, in percent, below which a teacher hardly moves its student."""
 Members = Mapping[str, Mapping[int, Run]]
 """The finished runs by role, `main` or a control's name, and by seed."""
 
@@ -41,7 +43,10 @@ def summarize_group(members: Sequence[Mapping[str, Any]], group: Path, experimen
     seeds = [_seed(seed, by_role, task) for seed in by_role[MAIN]]
     lead = runs.read_json(next(iter(by_role[MAIN].values())) / "summary.json")
     summary = _summary(seeds, by_role, task.primary)
-    statements = state(summary, _split(next(iter(by_role[MAIN].values()))))
+    split = _split(next(iter(by_role[MAIN].values())))
+    statements = state(summary, split)
+    teacher = None if lead["teacher"] is None else lead["teacher"][split][task.primary]
+    reasons = why_no_gain(summary, teacher, _teachers_share(by_role, experiment.student_stage.name))
     made = [runs.read_json(path / "result.json") for run in by_role[MAIN].values() for path in run.artefacts]
     first = seeds[0]["baseline"]
     return lead | {
@@ -52,7 +57,7 @@ def summarize_group(members: Sequence[Mapping[str, Any]], group: Path, experimen
         "verdict": statements[0],
         "statements": statements,
         "artefacts": made,
-        "notes": [*lead["notes"], *_ended_early(by_role)],
+        "notes": [*lead["notes"], *_ended_early(by_role), *reasons],
     }
 
 
@@ -70,6 +75,19 @@ def _ended_early(by_role: Members) -> list[str]:
             why = ", ".join(dict.fromkeys(cut))
             notes.append(f"{role}: {number} of {counted(len(found), 'run')} ended before their last epoch: {why}")
     return notes
+
+
+def _teachers_share(by_role: Members, stage: str) -> float | None:
+    """The share of the gradient, in percent, of the terms that the baseline does without: the mean over epochs and
+    runs. None where it was not measured."""
+    if BASELINE not in by_role:
+        return None
+    plain = {name for run in by_role[BASELINE].values() for line in run.metrics() for name in line["terms"]}
+    lines = [line for run in by_role[MAIN].values() for line in run.metrics() if line["stage"] == stage]
+    shares = [line["gradient_shares"] for line in lines if line.get("gradient_shares")]
+    if not shares:
+        return None
+    return 100 * float(np.mean([sum(v for name, v in epoch.items() if name not in plain) for epoch in shares]))
 
 
 def _seed(seed: int, by_role: Members, task: Task) -> dict[str, Any]:
@@ -188,6 +206,27 @@ def state(summary: Mapping[str, Any], split: str = "test") -> list[str]:
     if split != "test":
         others.append(f"measured on the {split} split, for there is no test split: {_OTHER_SPLITS[split]}")
     return [claim, *others]
+
+
+def why_no_gain(summary: Mapping[str, Any], teacher: float | None, share: float | None) -> list[str]:
+    """Where no gain was shown, what the runs themselves say of why, each with what to try.
+
+    teacher: its metric, in the units of the summary; share: of the gradient, in percent, that came from it.
+    """
+    if "gain" not in summary or stats.is_gain(_result(summary["gain"])):
+        return []
+    reasons, metric, alone = [], summary["metric"], summary["baseline"]["mean"]
+    if teacher is not None and teacher <= alone:
+        reasons.append(
+            f"no gain: the teacher has {metric} {teacher:.2f} and the student alone {alone:.2f}: "
+            "it has little to teach; train it longer, or take a better one"
+        )
+    if share is not None and share < LITTLE:
+        reasons.append(
+            f"no gain: {share:.0f} % of the gradient came from the teacher: "
+            "give its terms more weight (distill.alpha, or weight in losses)"
+        )
+    return reasons
 
 
 def _result(document: Mapping[str, Any]) -> stats.PairedResult:

@@ -44,7 +44,7 @@ class ClassSource:
     """What the source of a class says.
 
     accepts_any: further arguments are taken, or cannot be known. bases: the names of all classes that it derives from.
-    functions: those that it defines or inherits.
+    functions: those that it defines or inherits. of_file: the docstring of the file that it stands in.
     """
 
     parameters: tuple[Argument, ...] = ()
@@ -53,15 +53,17 @@ class ClassSource:
     attributes: dict[str, Any] = field(default_factory=dict)
     bases: frozenset[str] = frozenset()
     functions: frozenset[str] = frozenset()
+    of_file: str = ""
 
 
 @dataclass(frozen=True)
 class _Module:
-    """A parsed file: its classes, and where the names come from that it imports: name -> (module, name there)."""
+    """A parsed file: its classes, where imported names come from: name -> (module, name there), and its docstring."""
 
     name: str
     classes: dict[str, ast.ClassDef]
     imports: dict[str, tuple[str, str]]
+    doc: str
 
 
 def read_class(place: str, name: str) -> ClassSource:
@@ -124,7 +126,7 @@ def _parse(path: str, modified: int, name: str) -> _Module:
             for alias in node.names:
                 imports[alias.asname or alias.name] = (origin, alias.name)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    return _Module(name, classes, imports)
+    return _Module(name, classes, imports, ast.get_docstring(tree) or "")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -153,16 +155,17 @@ def _describe(module: _Module, path: str, modified: int, node: ast.ClassDef, hop
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
     if init is None:
         if node.decorator_list:  # a dataclass or the like: its __init__ is made when it is imported
-            return ClassSource((), doc, True, attributes, names, functions)
+            return ClassSource((), doc, True, attributes, names, functions, module.doc)
         parameters = next((b.parameters for b in bases if b.parameters), ())
-        return ClassSource(parameters, doc, any(b.accepts_any for b in bases), attributes, names, functions)
+        accepts_any = any(b.accepts_any for b in bases)
+        return ClassSource(parameters, doc, accepts_any, attributes, names, functions, module.doc)
     own = _arguments(init)
     accepts_any = init.args.kwarg is not None
     if accepts_any and bases and _hands_on(init):
         known = {p.name for p in own}
         own += tuple(p for p in bases[0].parameters if p.name not in known)
         accepts_any = bases[0].accepts_any
-    return ClassSource(own, doc, accepts_any, attributes, names, functions)
+    return ClassSource(own, doc, accepts_any, attributes, names, functions, module.doc)
 
 
 def _bases(module: _Module, path: str, modified: int, node: ast.ClassDef, hops: int) -> list[ClassSource]:

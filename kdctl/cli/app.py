@@ -169,6 +169,9 @@ def _as_kdctl_error(error: Exception) -> KdctlError:
     if isinstance(error, _ClickUsageError):
         context = getattr(error, "ctx", None)
         hint = f"`{context.command_path} --help` shows what is allowed" if context else None
+        lacking: Any = getattr(error, "param", None) if type(error).__name__ == "MissingParameter" else None
+        if hint and getattr(lacking, "help", None):
+            hint = f"{lacking.help}; {hint}"
         return UsageError(error.format_message(), hint=hint)
     if is_out_of_memory(error):
         hint = "a smaller data.batch_size or data.eval_batch_size needs less; train.accumulate keeps the loss the same"

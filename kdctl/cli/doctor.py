@@ -66,7 +66,10 @@ _LIBRARIES = {
     "pt2": "torch",
 }
 """The distribution that runs a target's files; one that is not listed is tried without knowing it."""
-_EXTRAS = {"timm": "timm", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow-skinny": "mlflow"}
+_EXTRAS = {
+    "timm": "timm", "tokenizers": "text", "transformers": "huggingface", "datasets": "datasets",
+    "tensorboard": "tensorboard", "wandb": "wandb", "mlflow-skinny": "mlflow",
+}  # fmt: skip
 """Optional distributions, and the extra of kdctl that brings each."""
 _ELSEWHERE = ("executorch", "litert")
 """Targets that may stand in an environment of their own."""
@@ -91,6 +94,7 @@ def doctor(options: Options) -> Reply:
     programs = {name: code for name, code in programs.items() if _version(name)}
     targets = registry.catalogue("exporters")
     programs |= {f"export {target}": _TRY_TARGET.format(target) for target in targets if _installed(target)}
+    console.say(f"trying {', '.join(programs)}, each in a process of its own ...")
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         attempts = {name: pool.submit(_attempt, code) for name, code in programs.items()}
         checks = [

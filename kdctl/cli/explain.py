@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -15,7 +16,7 @@ from kdctl import registry
 from kdctl.cli import console
 from kdctl.cli.console import yaml_text
 from kdctl.cli.verb import Argument, Options, Reply
-from kdctl.errors import UsageError, did_you_mean
+from kdctl.errors import ConfigError, UsageError, did_you_mean
 
 _SECTION_GROUPS = {
     "student": "models", "teacher": "models", "losses": "losses", "method": "methods", "ensemble": "ensembles",
@@ -24,6 +25,9 @@ _SECTION_GROUPS = {
     "loggers": "loggers",
 }  # fmt: skip
 """Key of a component's section -> the group its kinds come from."""
+_LISTED = 6
+_SHORTHANDS = ("distill",)
+"""Keys of a file that are called like a component."""
 
 
 def explain(
@@ -39,12 +43,17 @@ def explain(
         choices = [f"{c.group}.{c.name}" for c in components]
         raise UsageError(f"'{name}' is several things: {', '.join(choices)}", hint=f"`kdctl explain {choices[0]}`")
     if components:
-        return Reply(_component_document(components[0]), _show_component)
+        described = _component_document(components[0])
+        if name in _SHORTHANDS:  # a key of that name is what most people mean
+            described["key"] = _key_document(name)
+        return Reply(described, _show_component)
     document = _argument_document(name) or _key_document(name)
     if document is None:
-        hint = (
-            did_you_mean(name, _known_words(name)) or "`kdctl list GROUP` shows the components, `kdctl schema` the keys"
-        )
+        words = _known_words(name)
+        places = [word for word in dict.fromkeys(words) if word.endswith(f".{name}")]
+        places = places or _arguments_called(name)
+        hint = f"it is {', '.join(places[:_LISTED])}" if places else did_you_mean(name, words)
+        hint = hint or "`kdctl list GROUP` shows the components, `kdctl schema` the keys"
         raise UsageError(f"there is no component and no configuration key '{name}'", hint=hint)
     return Reply(document, _show_key)
 
@@ -92,6 +101,7 @@ def _component_document(component: registry.Component) -> dict[str, Any]:
         "aliases": [alias for alias, name in registry.aliases(component.group).items() if name == component.name],
         "summary": component.summary,
         "doc": signature.doc,
+        "taps": _taps(component) if component.group == "models" else "",
         "target": component.target,
         "source": component.source,
         "preset": dict(component.preset),
@@ -100,6 +110,14 @@ def _component_document(component: registry.Component) -> dict[str, Any]:
         "declares": _declared(component.group, signature.attributes),
         "costs": _costs().get("costs", {}).get(component.name) if component.group == "losses" else None,
     }
+
+
+def _taps(component: registry.Component) -> str:
+    """The modules that a model's features may be taken from: the part `Taps...:` of its file's docstring."""
+    text = registry.class_source(component).of_file
+    parts = re.findall(r"^Taps([^\n]*):\n((?:    [^\n]*\n?)+)", text, re.MULTILINE)
+    own = [part for part in parts if part[0] in ("", f" of {component.name}") or part[0].startswith(",")]
+    return f"Taps{own[0][0]}:\n{own[0][1].rstrip()}" if own else ""
 
 
 def _declared(group: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,6 +201,8 @@ def _show_component(document: dict[str, Any]) -> None:
         console.out(document["summary"])
     if document["doc"]:
         console.out("\n" + document["doc"])
+    if document["taps"]:
+        console.out("\n" + document["taps"])
     lines = _declared_lines(document["group"], document["declares"])
     if document["costs"]:
         lines.append(("costs", _costs_line(document["costs"])))
@@ -209,6 +229,9 @@ def _show_component(document: dict[str, Any]) -> None:
         console.out("\nno arguments")
     if document["accepts_any"]:
         console.out("\nfurther arguments are handed on")
+    if document.get("key"):
+        console.out()
+        _show_key(document["key"] | {"name": f"the key {document['key']['name']}"})
     console.detail(f"\nclass {document['target']}")
 
 
@@ -339,6 +362,17 @@ def _known_words(name: str) -> list[str]:
         words.append(name)
         words += [f"{name}.{key}" for model in _models(field.annotation) for key in _key_names(model)]
     return words
+
+
+def _arguments_called(name: str) -> list[str]:
+    """The places where an argument has this name: `losses.kd.temperature`, ..."""
+    found = []
+    for group in registry.GROUPS:
+        for component in registry.catalogue(group).values():
+            with contextlib.suppress(ConfigError):  # a library that is not installed
+                if name in registry.signature(component).arguments:
+                    found.append(f"{group}.{component.name}.{name}")
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -101,6 +101,7 @@ def _document(run: runs.Run, documents: list[dict[str, Any]], failures: list[dic
 def _show(document: dict[str, Any]) -> None:
     if document["stages"]:
         products.show(document["stages"])
+        console.say("beside each file, manifest.json says what it takes and gives: shapes, layout, range, class names")
     for failure in document["failures"]:
         console.out(f"{failure['variant']}: failed: {failure['error']}")
 

@@ -33,7 +33,7 @@ def init(
     target = Path(output or source.name)
     if target.is_dir():
         target /= source.name
-    _write_new(target, _text_of(source))
+    _write_new(target, _at_home(_text_of(source), source, target))
     return Reply({"template": template, "path": str(target)}, _show)
 
 
@@ -59,6 +59,14 @@ def _show(document: dict[str, Any]) -> None:
     path = document["path"]
     console.out(f"wrote {path}")
     console.say(f"next: kdctl check {path}    kdctl train {path}")
+
+
+def _at_home(text: str, source: Path, target: Path) -> str:
+    """A template's text for the place it is written to: its own name in commands, and `data`, `weights` and `runs`
+    beside it, which templates look for beside the folder that they all lie in."""
+    name = source.relative_to(templates.directory()).as_posix()
+    text = re.sub(rf"configs/{re.escape(name)}\b", target.as_posix(), text)
+    return re.sub(r"(?<![\w./])(?:\.\./)+(?=(?:data|weights|runs)\b)", "", text)
 
 
 def _text_of(source: Path) -> str:

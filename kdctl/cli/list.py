@@ -11,6 +11,13 @@ from kdctl.cli.verb import Argument, Options, Reply
 from kdctl.errors import UsageError, did_you_mean
 
 WHAT = (*registry.GROUPS, "templates", "runs")
+_ALSO = {
+    "models": "torchvision:NAME, timm:NAME, huggingface:NAME, and a class of your own as ./file.py:Class",
+    "losses": "a class of your own as ./file.py:Class",
+    "data": "a class of your own as ./file.py:Class",
+    "templates": "`kdctl init -i` asks for your own data and models, and writes the file",
+}
+"""What a list cannot hold."""
 
 
 def list_(
@@ -83,3 +90,5 @@ def _show(document: dict[str, Any]) -> None:
         for item in items
     ]
     console.print_table(headers, rows)
+    if document["what"] in _ALSO:
+        console.say(f"also: {_ALSO[document['what']]}")

@@ -147,7 +147,7 @@ def _show_group(document: dict[str, Any]) -> None:
     for statement in document["statements"][1:]:
         console.out(statement)
     console.out(f"group {document['group']}")
-    console.say(f"next: kdctl report {document['group']}")
+    console.say(f"next: kdctl report {document['group']}   kdctl compare {document['group']} OTHER...")
 
 
 def _interval(value: dict[str, Any]) -> str:

@@ -106,6 +106,8 @@ def _check_cache(file: ExperimentFile) -> Iterator[Finding]:
 
 # ------------------------------------------------------------------------------------------------------------- losses
 
+_WHERE_TAPS = "a tap is any module path of the net: `kdctl explain MODEL` names the usual ones"
+
 
 def _check_losses(path: KeyPath, losses: Sequence[LossSpec]) -> Iterator[Finding]:
     labels = Counter(loss.label for loss in losses)
@@ -115,7 +117,7 @@ def _check_losses(path: KeyPath, losses: Sequence[LossSpec]) -> Iterator[Finding
         needs_taps = _attribute(loss, "needs_taps", None)
         if needs_taps is True and not loss.taps:
             message = f"'{loss.kind}' compares features and needs taps"
-            yield (*path, index), message, "for example taps: [layer1, layer2]"
+            yield (*path, index), message, f"for example taps: [layer1, layer2]; {_WHERE_TAPS}"
         if needs_taps is False and loss.taps:
             yield (*path, index, "taps"), f"'{loss.kind}' takes no taps", "remove them"
 

@@ -36,6 +36,9 @@ class ImageFolder(Source):
         train = self.root / "train"
         if not train.is_dir():
             hint = "expected <root>/train/<class>/*.png and <root>/test/<class>/*.png"
+            classes = [n for n in _folders(self.root) if _images(self.root / n)] if self.root.is_dir() else []
+            if classes:
+                hint += f"; move {', '.join(classes[:3])} ... into train, and a part of each into test"
             raise MissingError(Problem(f"there is no folder {train}", key="data.root", hint=hint))
         class_names = _folders(train)
         if not class_names:

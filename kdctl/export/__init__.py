@@ -5,6 +5,9 @@ EXPORTERS = {
     "openvino": ("openvino:OpenVino", "OpenVINO, run by its CPU plug-in: any batch size, preprocessing inside"),
     "torchscript": ("torchscript:TorchScript", "TorchScript, run by PyTorch's own interpreter without Python code"),
     "pt2": ("pt2:Pt2", "PyTorch's exported program (.pt2), fp32, run by torch.export's loader"),
-    "executorch": ("executorch:ExecuTorch", "ExecuTorch (.pte) with XNNPACK: the successor of PyTorch Mobile"),
-    "litert": ("litert:LiteRt", "LiteRT (.tflite, the TensorFlow Lite format), run by its interpreter with XNNPACK"),
+    "executorch": (
+        "executorch:ExecuTorch",
+        "ExecuTorch (.pte) for Android and iOS, with XNNPACK: PyTorch Mobile's successor",
+    ),
+    "litert": ("litert:LiteRt", "LiteRT (.tflite, the TensorFlow Lite format) with XNNPACK, for Android and iOS"),
 }

@@ -21,6 +21,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "student", "networ
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 """What DataParallel, torch.compile and wrapping modules put before every name."""
 _LISTED = 8
+_COUNTER = "num_batches_tracked"
+"""Counters of batches came late to PyTorch; they play no part in any of our nets."""
 
 
 def load_weights(net: nn.Module, path: Path | Literal["pretrained"], mapping: Mapping[str, str] | None = None) -> None:
@@ -86,11 +88,10 @@ def parse_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
 def assign(net: nn.Module, state: Mapping[str, Tensor], place: str, has_mapping: bool = True) -> None:
     """Copies tensors into a net whose names and shapes they must match. Raises ConfigError that lists what does not."""
     wanted = {k: v for k, v in net.state_dict().items() if isinstance(v, Tensor)}
-    # Counters of batches came late to PyTorch; they play no part in any of our nets.
-    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    missing = [k for k in wanted if k not in state and not k.endswith(_COUNTER)]
     unexpected = [k for k in state if k not in wanted]
     shapes = {k: (v.shape, wanted[k].shape) for k, v in state.items() if k in wanted and v.shape != wanted[k].shape}
-    hint = None if has_mapping else "other names go through `mapping: {name_in_file: ours, prefix_in_file.: ours.}`"
+    hint = None if has_mapping else _hint_of_names(state, wanted)
     problems = []
     if missing:
         problems.append(Problem(f"{place} lacks {_names(missing)}", key="weights", hint=hint))
@@ -106,6 +107,44 @@ def assign(net: nn.Module, state: Mapping[str, Tensor], place: str, has_mapping:
     if problems:
         raise ConfigError(*problems)
     net.load_state_dict(dict(state), strict=False)
+
+
+def _hint_of_names(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str:
+    """How other names are mapped: with a mapping that the shapes allow, where there is one."""
+    left, right = (
+        {name: tensor.shape for name, tensor in one.items() if name not in other and not name.endswith(_COUNTER)}
+        for one, other in ((theirs, ours), (ours, theirs))
+    )
+    found: dict[str, str] = {}
+    for their, our in _paired(left, right):
+        old, new = _differing(their, our)
+        if found.setdefault(old, new) != new:  # two layers of one prefix go to two places
+            found[their] = our
+    if not 0 < len(found) <= _LISTED:
+        return "other names go through `mapping: {name_in_file: ours, prefix_in_file.: ours.}`"
+    listed = ", ".join(f"{old}: {new}" for old, new in found.items())
+    return f"names differ and shapes fit: try mapping: {{{listed}}}"
+
+
+def _paired(left: Mapping[str, torch.Size], right: Mapping[str, torch.Size]) -> list[tuple[str, str]]:
+    """Names of equal shapes: in their order if all shapes agree in it, else by the last parts that only two share."""
+    if list(left.values()) == list(right.values()):
+        return list(zip(left, right, strict=True))
+    pairs = []
+    for their, shape in left.items():
+        shared = {our: len(_differing(their, our)[0]) for our, other in right.items() if other == shape}
+        best = [our for our, rest in shared.items() if rest == min(shared.values())]
+        pairs += [(their, best[0])] if len(best) == 1 else []
+    return pairs if len({our for _, our in pairs}) == len(left) == len(right) else []
+
+
+def _differing(old: str, new: str) -> tuple[str, str]:
+    """Two names without the last parts that they share: `a.0.bias` and `b.0.bias` are `a.` and `b.`."""
+    one, other = old.split("."), new.split(".")
+    while len(one) > 1 and len(other) > 1 and one[-1] == other[-1]:
+        one, other = one[:-1], other[:-1]
+    ends = "." if (len(one), len(other)) != (old.count(".") + 1, new.count(".") + 1) else ""
+    return ".".join(one) + ends, ".".join(other) + ends
 
 
 def _names(names: Iterable[str]) -> str:

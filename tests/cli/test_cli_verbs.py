@@ -92,13 +92,21 @@ def test_init_merges_what_a_template_extends(run, here):
     text = copy.read_text()
     assert text.splitlines()[0] == source.read_text().splitlines()[0] and "extends:" not in text
     assert "milestones" not in text  # an argument of the schedule that the twin replaced
-    assert "../../../data" in text and "../../../weights/cifar100_resnet20.pth" in text  # paths of both files alike
+    assert "#   kdctl train deep/er/est/copy.yaml\n" in text
+    assert "../" not in text and "root: data\n" in text and "weights/cifar100_resnet20.pth" in text
 
     def resolved(path, base):
         shown = dump_yaml(load_experiment(path, require_files=False).experiment)
         return shown.replace(str(base), "BASE")
 
-    assert resolved(copy, here) == resolved(source, templates.directory().parent)
+    assert resolved(copy, copy.parent) == resolved(source, templates.directory().parent)
+
+
+def test_init_writes_paths_and_commands_for_the_place_of_the_copy(run, here):
+    assert run("init", "cifar10/resnet56_to_resnet20")[0] == 0
+    text = (here / "resnet56_to_resnet20.yaml").read_text()
+    assert "#   kdctl train resnet56_to_resnet20.yaml " in text and "configs/" not in text
+    assert "\n  root: data\n" in text and "\n  weights: weights/resnet56-4bfd9763.th\n" in text
 
 
 def test_init_says_of_a_broken_template_what_is_wrong(run, here, monkeypatch):
@@ -253,6 +261,35 @@ def test_explain_a_class_of_the_users_own(document, run, here):
     assert document("explain", "models../own.py:Odd")["group"] == "models"
     code, _, err = run("explain", "./own.py:Nett")
     assert code == 3 and "did you mean 'Net'" in err
+
+
+def test_explain_names_the_taps_of_a_model(document, run):
+    """They stand in the docstring of the file, for each of its kinds where they differ."""
+    taps = document("explain", "digits_cnn")["taps"]
+    assert "layer1, layer2, layer3" in taps and "lenet5" not in taps and taps in run("explain", "digits_cnn")[1]
+    assert "pre-activation" in document("explain", "resnet20")["taps"]
+    assert document("explain", "kd")["taps"] == ""
+
+
+def test_explain_a_word_that_is_a_key_in_several_places(run):
+    for word, place in (("weights", "student.weights, teacher.weights"), ("temperature", "losses.kd.temperature")):
+        code, _, err = run("explain", word)
+        assert code == 2 and f"it is {place}" in err.replace("losses.tf_reg.temperature, losses.byot.temperature, ", "")
+
+
+def test_explain_a_method_that_is_a_key_as_well(run):
+    text = run("explain", "distill")[1]
+    assert "methods: distill" in text and "the key distill" in text and "alpha is the teacher's share" in text
+
+
+def test_what_is_missing_says_what_it_may_be(run):
+    assert "hint: models, losses, " in run("list")[2]
+    assert "runs, artefacts, or files" in run("compare")[2]
+
+
+def test_list_says_what_no_list_can_hold(run):
+    assert "also: torchvision:NAME" in run("list", "models", "resnet20")[2]
+    assert run("list", "models", "resnet20", "-q")[2] == ""
 
 
 def test_explain_an_argument_that_is_misspelt(document, run):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import nn
 
@@ -114,6 +115,22 @@ def test_a_mapping_of_nothing_says_what_there_is(source: nn.Module, tmp_path: Pa
         load_weights(make(), tmp_path / "w.pth", {"layer1.0.konv1.": "x."})
     with pytest.raises(ConfigError, match=r"both become 'fc\.bias'"):
         load_weights(make(), tmp_path / "w.pth", {"bn1.bias": "fc.bias"})
+
+
+def test_other_names_in_the_same_order_are_mapped_in_the_hint(source: nn.Module, tmp_path: Path) -> None:
+    """The mapping that the hint names makes the file fit; where shapes differ, there is none to name."""
+    state = {k.replace("layer1.0.", "a.b.").replace("fc.", "head."): v for k, v in source.state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ConfigError) as raised:
+        load_weights(make(), tmp_path / "w.pth")
+    hint = raised.value.problems[0].hint or ""
+    assert hint.endswith("mapping: {a.b.: layer1.0., head.: fc.}")
+    net = make()
+    load_weights(net, tmp_path / "w.pth", yaml.safe_load(hint.partition("mapping: ")[2]))
+    assert equal(net, source)
+    torch.save(state | {"head.bias": torch.zeros(3)}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="other names go through `mapping"):
+        load_weights(make(), tmp_path / "w.pth")
 
 
 def test_what_does_not_fit_is_listed_and_nothing_is_loaded(source: nn.Module, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from kdctl.config.schema import Experiment, TapPair
 from kdctl.control import CONTROLS, Made, control, parse_controls
 from kdctl.errors import ConfigError, UsageError
 from kdctl.experiment import Plan, load_run, resume, train
-from kdctl.group import state
+from kdctl.group import _teachers_share, state, why_no_gain
 from kdctl.models.record import load_model
 from kdctl.signals import Batch, Signals
 from kdctl.teachers.shuffled import ShuffledTeacher
@@ -185,6 +185,11 @@ def test_a_group_with_every_control(folder: Path, run_it: Callable[..., Any]) ->
         assert measured["values"]["mean"] == pytest.approx(sum(values) / 2)
         assert measured["gain"]["mean"] == pytest.approx(sum(gains) / 2)
         assert measured["against_baseline"]["mean"] == pytest.approx(sum(above) / 2)
+    first, plain = (runs.Run(Path(row["run"])) for row in (group["seeds"][0], group["seeds"][0]["baseline"]))
+    lines = [line for line in first.metrics() if line["stage"] == "student"]
+    own = [100 * (1 - line["gradient_shares"]["supervised"]) for line in lines]
+    share = _teachers_share({"main": {0: first}, "baseline": {0: plain}}, "student")
+    assert share == pytest.approx(sum(own) / len(own), abs=0.01) and 0 < share < 100
     nll = summary["metrics"]["nll"]
     assert nll["gain"]["mean"] == pytest.approx(nll["student"]["mean"] - nll["baseline"]["mean"])
     assert group["statements"][0] == group["verdict"] and len(group["statements"]) == 1 + 5 + 2
@@ -313,6 +318,24 @@ def test_the_claim_is_no_larger_than_its_controls(summary: dict[str, Any], begin
     for name, measured in summary["controls"].items():
         assert any(text.startswith(f"against {name}: ") for text in others)
         assert any(text.startswith(f"placebo {name} ") for text in others) == measured["placebo"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "teacher", "share", "said"),
+    [
+        (NONE, 50.0, 90.0, ["the teacher has top1 50.00 and the student alone 70.00"]),
+        (LOSS, 99.0, 5.0, ["5 % of the gradient came from the teacher"]),
+        (NONE, 70.0, 19.9, ["the teacher has top1 70.00", "20 % of the gradient"]),
+        (NONE, 99.0, 90.0, []),
+        (NONE, None, None, []),
+        (GAIN, 50.0, 5.0, []),
+    ],
+)
+def test_what_kept_a_student_from_gaining(
+    gain: dict[str, Any], teacher: float | None, share: float | None, said: list[str]
+) -> None:
+    reasons = why_no_gain({"metric": "top1", "baseline": {"mean": 70.0}, "gain": gain}, teacher, share)
+    assert len(reasons) == len(said) and all(text in reason for text, reason in zip(said, reasons, strict=True))
 
 
 def test_without_a_control_nothing_is_claimed() -> None:
