@@ -267,6 +267,7 @@ def test_explain_names_the_taps_of_a_model(document, run):
     """They stand in the docstring of the file, for each of its kinds where they differ."""
     taps = document("explain", "digits_cnn")["taps"]
     assert "layer1, layer2, layer3" in taps and "lenet5" not in taps and taps in run("explain", "digits_cnn")[1]
+    assert document("explain", "lenet5")["taps"].startswith("Taps of lenet5:\n    layer1, layer2  ")
     assert "pre-activation" in document("explain", "resnet20")["taps"]
     assert document("explain", "kd")["taps"] == ""
 

@@ -117,14 +117,16 @@ def test_a_mapping_of_nothing_says_what_there_is(source: nn.Module, tmp_path: Pa
         load_weights(make(), tmp_path / "w.pth", {"bn1.bias": "fc.bias"})
 
 
-def test_other_names_in_the_same_order_are_mapped_in_the_hint(source: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [list, sorted])
+def test_other_names_are_mapped_in_the_hint(order: Any, source: nn.Module, tmp_path: Path) -> None:
     """The mapping that the hint names makes the file fit; where shapes differ, there is none to name."""
     state = {k.replace("layer1.0.", "a.b.").replace("fc.", "head."): v for k, v in source.state_dict().items()}
+    state = {name: state[name] for name in order(state)}
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(ConfigError) as raised:
         load_weights(make(), tmp_path / "w.pth")
     hint = raised.value.problems[0].hint or ""
-    assert hint.endswith("mapping: {a.b.: layer1.0., head.: fc.}")
+    assert "a.b.: layer1.0." in hint and "head.: fc." in hint
     net = make()
     load_weights(net, tmp_path / "w.pth", yaml.safe_load(hint.partition("mapping: ")[2]))
     assert equal(net, source)
