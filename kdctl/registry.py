@@ -74,10 +74,9 @@ USER_MODULE = "kdctl_user_"
 """How the names of modules begin that are users' files."""
 
 _ZOOS = {
-    "torchvision": "torchvision_models:TorchvisionModel",
-    "timm": "timm_models:TimmModel",
+    "torchvision": "torchvision_models:TorchvisionModel", "timm": "timm_models:TimmModel",
     "huggingface": "huggingface:HuggingFaceModel",
-}
+}  # fmt: skip
 """What stands before `:NAME` in kinds of models -> the class that makes them, in kdctl.models."""
 _BY_NAME_ALONE = frozenset({"exporters"})
 """Groups without `./file.py:Class`: a process that measures imports the module that opens a target's files by name."""
@@ -375,9 +374,9 @@ def _import_module(component: Component, name: str) -> Any:
         raise ConfigError(f"kind '{component.name}': importing {name} failed: {error!r}") from error
 
 
-def _is_beside(path: Path, module: str | None) -> bool:
+def _is_beside(path: Path, error: Exception) -> bool:
     """Whether a module that was not found lies in the folder of the user's file."""
-    top = (module or "").partition(".")[0]
+    top = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     return top != "" and any((path.parent / top).with_suffix(end).exists() for end in ("", ".py"))
 
 
@@ -397,6 +396,5 @@ def _import_file(path: Path) -> Any:
         del sys.modules[name]
         kind = MissingError if isinstance(error, ImportError) else ConfigError
         alone = "a run copies the file alone: what it needs stands in it or in an installed package"
-        missed = error.name if isinstance(error, ImportError) else None
-        raise kind(f"importing {path} failed: {error!r}", hint=alone if _is_beside(path, missed) else None) from error
+        raise kind(f"importing {path} failed: {error!r}", hint=alone if _is_beside(path, error) else None) from error
     return module

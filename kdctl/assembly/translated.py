@@ -54,10 +54,8 @@ def _halves(rows: Sequence[list[int]], tokens: TokenInput) -> list[list[list[int
     if not tokens.pairs:
         return [list(rows)]
     ends = [row.index(tokens.separator) if tokens.separator in row else len(row) for row in rows]
-    return [
-        [row[:end] for row, end in zip(rows, ends, strict=True)],
-        [row[end:] for row, end in zip(rows, ends, strict=True)],
-    ]
+    pairs = list(zip(rows, ends, strict=True))
+    return [[row[:end] for row, end in pairs], [row[end:] for row, end in pairs]]
 
 
 def as_read(data: Data, path: Path) -> tuple[Data, Callable[[Model], Model]]:

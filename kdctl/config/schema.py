@@ -172,9 +172,7 @@ class TeacherSpec(ModelSpec):
     name: str | None = None
     train: TeacherTraining | None = None
     control: bool = Field(False, description="declared a control (for example a random teacher): chance is no error")
-    tokenizer: PathStr | None = Field(
-        None, description="of texts: a tokenizer.json or a folder, where it reads by another than data.tokenizer"
-    )
+    tokenizer: PathStr | None = Field(None, description="of texts: its own tokenizer, where data.tokenizer is another")
     shuffled: bool = Field(
         False, description="a placebo: each sample is taught what the teacher says of another one of its batch"
     )
