@@ -9,37 +9,12 @@ is there is not trained again. Writes docs/results/cifar10.json and prints the t
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "docs" / "results" / "cifar10.json"
+from _results import RESULTS, ROOT, group_of, kdctl, write
+
+OUT = RESULTS / "cifar10.json"
 SEEDS = {"resnet56_to_resnet8": 5, "resnet56_to_resnet20": 2}
-
-
-def kdctl(*arguments: str) -> dict[str, Any]:
-    """One command's JSON document; a missed gate (exit 6) still has one."""
-    print("$ kdctl " + " ".join(arguments), file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", "kdctl", *arguments, "--json"], stdout=subprocess.PIPE, text=True)
-    if done.returncode not in (0, 6):
-        sys.exit(done.returncode)
-    return json.loads(done.stdout)
-
-
-def group_of(config: Path, seeds: int, overrides: list[str]) -> dict[str, Any]:
-    """The finished group of this file, resumed or trained where it is not there yet."""
-    name = next(line.split()[1] for line in config.read_text().splitlines() if line.startswith("name:"))
-    for path in sorted(Path("runs", name, "groups").glob("*.json")):
-        document = json.loads(path.read_text())
-        if "result" in document:
-            return document["result"]
-        started = [member["run"] for member in document["members"] if member["run"]]
-        if started:
-            return kdctl("resume", started[0])
-    return kdctl("train", str(config), *overrides, "--seeds", str(seeds), "--with-baseline")
 
 
 def row(group: dict[str, Any], int8: dict[str, Any]) -> dict[str, Any]:
@@ -97,12 +72,14 @@ def main() -> None:
     overrides = [f"data.root={given.data_root}", f"teacher.weights={given.teacher_weights}", "train.threads=1"]
     rows = []
     for name, seeds in SEEDS.items():
-        group = group_of(ROOT / "configs" / "cifar10" / f"{name}.yaml", seeds, overrides)
+        config = ROOT / "configs" / "cifar10" / f"{name}.yaml"
+        group = group_of(
+            f"cifar10-{name.replace('_to_', '-')}", config, *overrides, "--seeds", str(seeds), "--with-baseline"
+        )
         first = group["seeds"][0]["run"]
         int8 = kdctl("compress", first, "--quantize", "int8", "--max-drop", "0.5")
         rows.append(row(group, int8))
-        OUT.parent.mkdir(parents=True, exist_ok=True)
-        OUT.write_text(json.dumps(rows, indent=1) + "\n")
+        write(OUT, rows)
     print(table(rows))
 
 

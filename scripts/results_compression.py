@@ -20,10 +20,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from _results import RESULTS, ROOT, kdctl, read, write
+
 from kdctl import stats
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "docs" / "results" / "compression.json"
+OUT = RESULTS / "compression.json"
 CONFIGS = ROOT / "configs" / "compression"
 TARGETS = "onnx,openvino,executorch,litert,torchscript"
 WITHOUT = ["compress.finetune.losses=[{kind: ce}]", "compress.finetune.teacher=null"]
@@ -49,27 +50,11 @@ QAT_ARMS: dict[str, tuple[str, str]] = {
 """What is quantised: the stage without training, and the one with it."""
 
 
-def kdctl(*arguments: str) -> dict[str, Any]:
-    """One command's JSON document; a missed gate (exit 6) still has one."""
-    print("$ kdctl " + " ".join(arguments), file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", "kdctl", *arguments, "--json"], stdout=subprocess.PIPE, text=True)
-    if done.returncode not in (0, 6):
-        print(done.stdout, file=sys.stderr)
-        sys.exit(done.returncode)
-    return json.loads(done.stdout)
-
-
-def read() -> dict[str, Any]:
-    return json.loads(OUT.read_text()) if OUT.is_file() else {}
-
-
 def add(section: str, name: str, row: dict[str, Any]) -> None:
-    """Adds one row to the file, written aside and renamed."""
-    document = read()
+    """Adds one row to the file."""
+    document = read(OUT, {})
     document.setdefault(section, {})[name] = row
-    aside = OUT.with_suffix(".tmp")
-    aside.write_text(json.dumps(document, indent=1) + "\n")
-    aside.replace(OUT)
+    write(OUT, document)
 
 
 def brief(document: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +68,7 @@ def prune(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         for arm, overrides in PRUNE_ARMS.items():
             name = f"{arm}, seed {seed}"
-            if name in read().get("prune", {}):
+            if name in read(OUT, {}).get("prune", {}):
                 continue
             config = str(CONFIGS / "prune_recover.yaml")
             document = kdctl("train", config, *own(options), f"train.seed={seed}", *overrides)
@@ -94,7 +79,7 @@ def prune(options: argparse.Namespace) -> None:
                 "seconds": seconds["finetune"],
             })  # fmt: skip
         name = f"Torch-Pruning, seed {seed}"
-        if name not in read().get("prune", {}):
+        if name not in read(OUT, {}).get("prune", {}):
             peer = ROOT / "scripts" / "bench" / "torch_pruning_peer.py"
             command = [sys.executable, str(peer), str(options.data_root), str(options.weights), str(seed)]
             row = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
@@ -104,7 +89,7 @@ def prune(options: argparse.Namespace) -> None:
 def pipeline(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         name = f"seed {seed}"
-        if name in read().get("pipeline", {}):
+        if name in read(OUT, {}).get("pipeline", {}):
             continue
         config = str(CONFIGS / "pipeline.yaml")
         document = kdctl("train", config, *own(options), f"train.seed={seed}")
@@ -116,7 +101,7 @@ def qat(options: argparse.Namespace) -> None:
     for arm, (after, aware) in QAT_ARMS.items():
         for seed in options.seeds:
             name = f"{arm}, seed {seed}"
-            if name in read().get("qat", {}):
+            if name in read(OUT, {}).get("qat", {}):
                 continue
             stages = f"compress=[{after}, {aware}, {{kind: export, target: onnx, name: shipped, from: qat}}]"
             config = str(CONFIGS / "int8.yaml")
@@ -158,7 +143,7 @@ def own(options: argparse.Namespace) -> list[str]:
 
 def table() -> str:
     """The tables in Markdown."""
-    document, lines = read(), []
+    document, lines = read(OUT, {}), []
     arms: dict[str, list[dict[str, Any]]] = {}
     for row in document.get("prune", {}).values():
         arms.setdefault(row["arm"], []).append(row)

@@ -13,14 +13,13 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from _results import RESULTS, ROOT, kdctl, read, write
+
 CONFIG = ROOT / "configs" / "methods" / "data_free_mnist.yaml"
-OUT = ROOT / "docs" / "results" / "data_free.json"
+OUT = RESULTS / "data_free.json"
 BEST = "dfq"
 SEEDS = 3
 SHORT = 3
@@ -46,15 +45,6 @@ OTHERS = {
 """The overrides of each other preset: rounds that are short enough for a few minutes, digits never mirrored. A
 generator that only has the student to run from learns at the published rate; dfad's student by logits, as its images
 do."""
-
-
-def kdctl(*arguments: str) -> dict[str, Any]:
-    """One command's JSON document."""
-    print("$ kdctl " + " ".join(arguments), file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", "kdctl", *arguments, "--json"], stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        sys.exit(done.returncode)
-    return json.loads(done.stdout)
 
 
 def document_of(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -112,15 +102,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True)
     given = parser.parse_args()
-    rows = json.loads(OUT.read_text()) if OUT.exists() else []
+    rows = read(OUT, [])
     for preset, seed, overrides in jobs():
         if any((r["preset"], r["seed"]) == (preset, seed) for r in rows):
             continue
         teacher = next((r["teacher"] for r in rows if Path(r["teacher"]).exists()), None)
         taught = [f"teacher={{kind: lenet5, batch_norm: true, weights: {Path(teacher).resolve()}}}"] if teacher else []
         rows.append(row(preset, seed, [f"data.root={given.data_root}", "train.device=cpu", *taught, *overrides]))
-        OUT.parent.mkdir(parents=True, exist_ok=True)
-        OUT.write_text(json.dumps(rows, indent=1) + "\n")
+        write(OUT, rows)
     print(table(rows))
 
 

@@ -10,35 +10,13 @@ the file. `kdctl report runs/NAME/groups/001.json` shows the whole of each group
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "docs" / "results" / "proof.json"
-SEEDS = 5
-CONTROLS = "equal_time,label_smoothing,random_teacher,shuffled_labels,self"
+from _results import RESULTS, ROOT, group_of, read, write
+
+OUT = RESULTS / "proof.json"
+REPEATED = ["--seeds", "5", "--controls", "equal_time,label_smoothing,random_teacher,shuffled_labels,self"]
 CIFAR = ["data.limit=10000", "teacher_cache={store: logits}", "train.threads=1"]
-
-
-def group_of(name: str, config: str, overrides: list[str]) -> dict[str, Any]:
-    """The finished group of this name, resumed or trained where it is not there yet."""
-    command = ["train", str(ROOT / "configs" / config), f"name={name}", *overrides]
-    command += ["--seeds", str(SEEDS), "--controls", CONTROLS]
-    for path in sorted(Path("runs", name, "groups").glob("*.json")):
-        document = json.loads(path.read_text())
-        if "result" in document:
-            return document["result"]
-        started = [member["run"] for member in document["members"] if member["run"]]
-        if started:
-            command = ["resume", str(Path("runs", name, started[0]))]
-    print("$ kdctl " + " ".join(command), file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", "kdctl", *command, "--json"], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return json.loads(done.stdout)
 
 
 def kept(group: dict[str, Any]) -> dict[str, Any]:
@@ -93,14 +71,15 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     if given.table:
-        print(table(json.loads(OUT.read_text())))
+        print(table(read(OUT, {})))
         return
     if not given.data_root or not given.teacher_weights:
         parser.error("--data-root and --teacher-weights are needed to train")
-    groups = {"digits": kept(group_of("digits-proof", "quickstart.yaml", []))}
+    groups = {"digits": kept(group_of("digits-proof", ROOT / "configs" / "quickstart.yaml", *REPEATED))}
     own = [f"data.root={given.data_root}", f"teacher.weights={given.teacher_weights}", *CIFAR]
-    groups["CIFAR-10"] = kept(group_of("cifar10-proof", "cifar10/resnet56_to_resnet8.yaml", own))
-    OUT.write_text(json.dumps(groups, indent=1) + "\n")
+    config = ROOT / "configs" / "cifar10" / "resnet56_to_resnet8.yaml"
+    groups["CIFAR-10"] = kept(group_of("cifar10-proof", config, *own, *REPEATED))
+    write(OUT, groups)
     print(table(groups))
 
 

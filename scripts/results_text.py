@@ -12,17 +12,14 @@ group goes into docs/results/text.json at once; `--table` prints what is there. 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from _results import RESULTS, ROOT, group_of, read, write
 
 from kdctl.stats import interval, paired
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "docs" / "results" / "text.json"
+OUT = RESULTS / "text.json"
 SEEDS = 3
 
 
@@ -74,29 +71,12 @@ METRICS = {
 }
 
 
-def group_of(family: str, method: Method, overrides: list[str]) -> dict[str, Any]:
-    """The finished group of a method, resumed or trained where it is not there yet."""
+def trained(family: str, method: Method, overrides: list[str]) -> dict[str, Any]:
+    """The finished group of a method."""
     name = f"{family}-{method.name}".replace(" ", "-").replace(",", "")
-    command = ["train", str(ROOT / "configs" / "text" / f"{method.config}.yaml"), f"name={name}"]
-    command += [
-        *method.changes,
-        *overrides,
-        "--seeds",
-        str(SEEDS),
-        *(["--with-baseline"] if method.with_baseline else []),
-    ]
-    for path in sorted(Path("runs", name, "groups").glob("*.json")):
-        document = json.loads(path.read_text())
-        if "result" in document:
-            return document["result"]
-        started = [member["run"] for member in document["members"] if member["run"]]
-        if started:
-            command = ["resume", str(Path("runs", name, started[0]))]
-    print("$ kdctl " + " ".join(command), file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", "kdctl", *command, "--json"], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return json.loads(done.stdout)
+    alone = ["--with-baseline"] if method.with_baseline else []
+    config = ROOT / "configs" / "text" / f"{method.config}.yaml"
+    return group_of(name, config, *method.changes, *overrides, "--seeds", str(SEEDS), *alone)
 
 
 def kept(family: str, group: dict[str, Any]) -> dict[str, Any]:
@@ -147,14 +127,14 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_intermixed_args()
-    everything: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
+    everything: dict[str, Any] = read(OUT, {})
     only = given.only.split(",") if given.only else [method.name for method in FAMILIES[given.family]]
     for method in FAMILIES[given.family] if not given.table else ():
         if method.name in only:
-            done = kept(given.family, group_of(given.family, method, given.overrides))
-            everything = json.loads(OUT.read_text()) if OUT.exists() else {}
+            done = kept(given.family, trained(given.family, method, given.overrides))
+            everything = read(OUT, {})
             everything.setdefault(given.family, {})[method.name] = done
-            OUT.write_text(json.dumps(everything, indent=1) + "\n")
+            write(OUT, everything)
     print(table(given.family, everything[given.family]))
 
 
