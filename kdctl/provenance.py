@@ -10,6 +10,7 @@ from typing import Any
 from kdctl import runs
 from kdctl.config.schema import Experiment
 from kdctl.data.prepare import Data
+from kdctl.data.tokenizer import file_of
 from kdctl.errors import MissingError
 from kdctl.evaluate import load_teachers
 from kdctl.models.record import load_model
@@ -25,8 +26,8 @@ def write_provenance(run: Run, experiment: Experiment, data: Data) -> None:
 
     Hashes are SHA-256: of config.yaml, of images, labels and splits (`Data.fingerprint`), and of the names, shapes and
     values of each model's weights, which are the same whatever file they came in. Of the user's own component files,
-    of which the run has copies, and of weights that a student inherits from a source of its own, they are of the file.
-    A teacher or source that is not there any more has none.
+    of which the run has copies, of weights that a student inherits from a source of its own, and of a teacher's own
+    tokenizer, they are of the file. What is not there any more has none.
     """
     splits = {name: getattr(data, name) for name in ("train", "val", "test")}
     student = load_model(run / "student")
@@ -80,5 +81,8 @@ def _teachers(run: Run, experiment: Experiment, data: Data) -> list[dict[str, An
     if specs:
         with contextlib.suppress(MissingError):
             hashes = [weights_hash(model.net) for model in load_teachers(run, experiment, data)]
-    named = zip(specs, hashes, strict=True)
-    return [{"kind": s.kind, "weights": s.weights or s.stage, "sha256": own} for s, own in named]
+    return [
+        {"kind": s.kind, "weights": s.weights or s.stage, "sha256": own}
+        | ({"tokenizer_sha256": _file_hash(file_of(Path(s.tokenizer)))} if s.tokenizer else {})
+        for s, own in zip(specs, hashes, strict=True)
+    ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from kdctl import runs
 from kdctl.cli import console
-from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply
+from kdctl.cli.verb import Argument, ExperimentOptions, Option, Reply, check_no_device
 from kdctl.errors import ConfigError, MissingError, Problem, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def eval_(
             document = evaluate_config(loaded.experiment, split, _device(options), console.bar)
         document |= {"run": None, "config": what}
     elif (path / "manifest.json").is_file():
+        check_no_device(options.device)
         run = runs.Run(path.resolve().parent.parent)
         experiment = load_experiment(run.config, options.overrides, require_files=False).experiment
         _check_overrides(options, ("data", "task"))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from kdctl import runs
 from kdctl.cli import console
-from kdctl.cli.verb import Argument, Option, Options, Reply, check_device
+from kdctl.cli.verb import Argument, Option, Options, Reply, check_device, check_no_device
 from kdctl.errors import KdctlError, MissingError, Problem, UsageError
 
 _SHOWN = 200
@@ -44,8 +44,8 @@ def predict(
     if not places:
         raise UsageError("no file to predict", hint="name some after --input: images, arrays, folders, text files")
     artefact = Path(place) if place and (Path(place) / "manifest.json").is_file() else None
-    if artefact and device:
-        raise UsageError("--device is for a run: an artefact computes in its own runtime", hint="leave --device out")
+    if artefact:
+        check_no_device(device)
     run = None if artefact else runs.find(place)
     console.say("loading torch ...")
     from kdctl import predict as predicting

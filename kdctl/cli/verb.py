@@ -73,6 +73,12 @@ def check_device(name: str) -> None:
         raise UsageError(f"--device: got '{name}'; allowed: auto, cpu, cuda, cuda:N, mps", hint=hint)
 
 
+def check_no_device(name: str | None) -> None:
+    """Raises UsageError where --device is given for an artefact."""
+    if name is not None:
+        raise UsageError("--device is for a run: an artefact computes in its own runtime", hint="leave --device out")
+
+
 @dataclass(frozen=True)
 class Reply:
     """What a verb answers: the JSON document (without schema_version and ok) and how to show it to people.

@@ -40,7 +40,7 @@ class Tokenizer:
     @classmethod
     def read(cls, path: Path) -> Tokenizer:
         """The tokenizer of a file, or of a folder with a tokenizer.json. Raises MissingError where there is none."""
-        file = path / FILE if path.is_dir() else path
+        file = file_of(path)
         if not file.is_file():
             hint = f"name a {FILE}, or the folder of a model that has one"
             raise MissingError(Problem(f"there is no tokenizer at {file}", key="data.tokenizer", hint=hint))
@@ -150,6 +150,11 @@ class Tokenizer:
         """The tokens in the order of their numbers."""
         size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         return [self._tokenizer.id_to_token(number) or f"<{number}>" for number in range(size)]
+
+
+def file_of(path: Path) -> Path:
+    """The file of a tokenizer that is named by it or by its folder."""
+    return path / FILE if path.is_dir() else path
 
 
 def _alphabet(tokenizer: Any, texts: Sequence[str]) -> tuple[list[str], list[str]]:

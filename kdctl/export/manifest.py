@@ -12,6 +12,8 @@ from kdctl.errors import KdctlError, MissingError
 from kdctl.export.base import FilePredictor, Tokens
 
 NAME = "manifest.json"
+_CHANNELS = {1: "grey", 3: "RGB"}
+"""The order of an image's channels, by how many it has."""
 
 
 def describe(
@@ -56,7 +58,8 @@ def preprocessing(image_shape: tuple[int, ...], tokens: Any = None) -> dict[str,
     if tokens is not None:
         own = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(Tokens)}
         return {"layout": "NL", "dtype": "int64", "shape": list(image_shape), "padding": "behind", "tokens": own}
-    return {"layout": "NCHW", "dtype": "float32", "range": [0, 1], "shape": list(image_shape), "normalize": "inside"}
+    takes = {"layout": "NCHW", "dtype": "float32", "range": [0, 1], "shape": list(image_shape), "normalize": "inside"}
+    return takes | ({"channels": _CHANNELS[image_shape[0]]} if image_shape[0] in _CHANNELS else {})
 
 
 def verify(folder: Path) -> dict[str, Any]:

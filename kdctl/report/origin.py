@@ -72,6 +72,8 @@ def _provenance(known: dict[str, Any]) -> Table:
     for teacher in known.get("teachers") or []:
         rows.append(["teacher", said(f"{teacher.get('kind')} {teacher.get('weights') or ''}".strip())])
         rows.append(["teacher, SHA-256", _hash(teacher.get("sha256"))])
+        if "tokenizer_sha256" in teacher:
+            rows.append(["its tokenizer, SHA-256 of the file", _hash(teacher["tokenizer_sha256"])])
     for source in known.get("inherited") or []:
         rows.append(["the student begins with weights of", said(source.get("source", "-"))])
         rows.append(["these weights, SHA-256 of the file", _hash(source.get("sha256"))])

@@ -554,6 +554,7 @@ def a_run(here):
         ("eval runs/mine/001/artefacts/int4", 4, "there is no run", "did you mean 'runs/mine/001/artefacts/int8'"),
         ("train digits.yaml --device gpu", 2, "--device: got 'gpu'; allowed: auto, cpu, cuda, cuda:N, mps", "cuda is"),
         ("predict mine --device tpu --input digits.yaml", 2, "--device: got 'tpu'", None),
+        ("eval runs/mine/001/artefacts/int8 --device cpu", 2, "--device is for a run", "leave --device out"),
         ("compress mine --quantize int9", 3, "command line: stages.1.dtype: got 'int9'", "did you mean 'int8'"),
     ],
 )

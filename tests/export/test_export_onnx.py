@@ -147,6 +147,7 @@ def test_manifest_tells_a_damaged_artefact(exported, tmp_path):
     )
     runs.write_json(tmp_path / manifest.NAME, document)
     assert manifest.verify(tmp_path)["inputs"][0]["shape"] == ["batch", *SHAPE]
+    assert [manifest.preprocessing((n, 8, 8)).get("channels") for n in (1, 3, 4)] == ["grey", "RGB", None]
     data = bytearray(path.read_bytes())
     data[-40] ^= 1
     path.write_bytes(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdctl import build
+from kdctl import build, runs
 from kdctl.assembly.translated import Translated
 from kdctl.config.schema import Experiment
 from kdctl.data.tokenizer import Tokenizer
@@ -61,6 +62,8 @@ def test_it_says_what_it_says_in_its_own_run(pair: str, other: str, folder: Path
     stored = "teacher_cache={store: logits, dtype: fp32}"
     text = STUDENT.replace("other.json", f"{other}.json")
     run, _ = run_it(f"data.pair={pair}", stored, text=text)
+    (known,) = runs.read_json(run / "provenance.json")["teachers"]
+    assert known["tokenizer_sha256"] == hashlib.sha256((own / "tokenizer.json").read_bytes()).hexdigest()
     experiment = load_run(run)
     data = build.build_data(experiment)
     (teacher,) = build.build_teachers(experiment.stages[-1], data, 0, lambda name: folder / name)
