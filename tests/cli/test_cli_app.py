@@ -59,16 +59,6 @@ def verbs(monkeypatch):
         monkeypatch.delenv(name)
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = app.run(arguments)
-        seen = capsys.readouterr()
-        return code, seen.out, seen.err
-
-    return call
-
-
 def test_for_people(run):
     assert run("plain", "abc") == (0, "a library chatters\nword abc\n", "working\n")
 
