@@ -289,7 +289,7 @@ def taught_stages(experiment: Experiment) -> tuple[list[TrainStage], list[str]]:
     if experiment.teacher_cache is None:
         hint = "add teacher_cache: {store: logits}"
         raise ConfigError(Problem("this experiment stores no teacher outputs", key="teacher_cache", hint=hint))
-    taught = [stage for stage in experiment.train_stages if stage.teachers]
+    taught = [stage for stage in experiment.train_stages if stage.teachers and stage.epochs]
     later = [stage for stage in taught if any(spec.stage is not None for spec in stage.teachers)]
     notes = [f"stage {s.name}: its teacher is trained in the run, and its store filled then" for s in later]
     return [stage for stage in taught if stage not in later], notes
@@ -339,6 +339,7 @@ def _folders(experiment: Experiment, load_data: Callable[[], Data]) -> list[Path
 def _describe(member: Member, spent: Cost | None) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
     held_rows = rows = 0
+    near = None
     for split, turn, stream in member.parts:
         expected = len(member.data.split(split))
         held = expected - len(member.missing(split, turn, stream))

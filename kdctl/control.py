@@ -94,6 +94,8 @@ def _student_stages(experiment: Experiment) -> list[TrainStage]:
 def control(experiment: Experiment) -> Experiment:
     """The same experiment without a teacher: teacher terms gone, supervised weights scaled to 1, all else equal.
 
+    A method that rounds or prunes what the student computes with stays; any other is `distill`.
+
     A stage that had teacher terms alone trains on the task's own loss for as long. Raises ConfigError when no stage of
     the student has a term without a teacher.
     """
@@ -108,7 +110,9 @@ def control(experiment: Experiment) -> Experiment:
     for stage in inheriting_nothing(mine):
         losses = _alone(stage.losses) or [LossSpec(kind="supervised")]
         update: dict[str, Any] = {"teacher": None, "losses": losses, "balance": "none"}
-        update |= {"method": Component(kind="distill"), "ensemble": Component(kind="mean_logits")}
+        update["ensemble"] = Component(kind="mean_logits")
+        if not registry.load(registry.find("methods", stage.method.kind)).shapes_student:  # type: ignore[attr-defined]
+            update["method"] = Component(kind="distill")
         if stage.student is not None and stage.student.stage not in (None, *names):  # an assistant, which is not made
             update["student"] = stage.student.model_copy(update={"stage": None})
         if stage.start not in ("fresh", "previous", *names):

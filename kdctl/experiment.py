@@ -17,12 +17,13 @@ from kdctl.config.expand import load_experiment
 from kdctl.config.schema import Experiment
 from kdctl.control import BASELINE, CONTROLS, Made, check_controls, with_shared_teachers
 from kdctl.data.prepare import Data
-from kdctl.errors import ConfigError, MissingError, counted
+from kdctl.errors import ConfigError, MissingError, Problem, counted
 from kdctl.group import MAIN, role_of, summarize_group
 from kdctl.pipeline import run_stages
 from kdctl.probe import choose
 from kdctl.report.card import write_card
 from kdctl.runs import Run
+from kdctl.signals import IGNORE
 from kdctl.watch import Reporter
 
 
@@ -64,6 +65,10 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
         reporter.say(f"run {run}")
         return _run_new(run, experiment, reporter, data)
     check_controls(experiment, plan.controls)
+    if not bool((data.split(data.measured).strata != IGNORE).any()):
+        message = "no sample has a label, and the runs of a group are compared by a metric"
+        hint = "single runs, train.seed=1, need none: leave out --seeds and --controls"
+        raise ConfigError(Problem(message, key="data", hint=hint))
     members = _members(range(experiment.train.seed, experiment.train.seed + plan.seeds), plan.controls)
     document = {
         "format": runs.FORMAT, "name": experiment.name, "source": plan.source, "agents": plan.agents,

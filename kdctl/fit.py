@@ -250,11 +250,13 @@ class _averaged:
     """Puts the averaged weights into the student for a while; nothing without EMA."""
 
     def __init__(self, loop: Loop) -> None:
-        self.ema, self.net = loop.ema, loop.built.method.student.net
+        self.ema, self.method = loop.ema, loop.built.method
+        self.net = self.method.student.net
 
     def __enter__(self) -> None:
         if self.ema is not None:
             self.ema.swap(self.net)
+            self.method.averaged()
 
     def __exit__(self, *exception: object) -> None:
         if self.ema is not None:

@@ -272,14 +272,20 @@ class _Trial(Reporter):
 
     def _timed(self, batches: Iterator[Batch]) -> None:
         self._wait()
-        self.clock.take()
-        began, number = time.perf_counter(), 0
+        first = self.clock.take()
+        began, number, steps = time.perf_counter(), 0, len(self.built.loader)
         while number < _TIMED_STEPS and (not number or time.perf_counter() - began < _LONGEST_S):
-            self._update(next(batches), float(self.stage.epochs))
+            self._update(next(batches), self.stage.epochs + (number + 1) / steps)  # a method may draw by the step
             number += 1
         self._wait()
-        self.seconds = (time.perf_counter() - began) / number
-        self.teacher_seconds = self.clock.take().get("teacher", 0.0) / number
+        spent, times = time.perf_counter() - began, self.clock.take()
+        self.seconds, self.teacher_seconds = spent / number, times.get("teacher", 0.0) / number
+        rounds = self.built.method.rounds()
+        if rounds is not None:  # of which these steps had some or none
+            every, before = rounds
+            a_round = first.get("data", 0.0) / (1 + before)
+            self.seconds = (spent - times.get("data", 0.0)) / number + a_round / every
+            self.start_seconds += before * a_round
 
     def _wait(self) -> None:
         if self.built.device.type == "cuda":

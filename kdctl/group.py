@@ -204,7 +204,7 @@ def state(summary: Mapping[str, Any], split: str = "test") -> list[str]:
     if stats.is_gain(gain) and "equal_time" in doubts:
         claim += "; but it is not shown to be worth its time: see equal_time"
     if split != "test":
-        others.append(f"measured on the {split} split, for there is no test split: {_OTHER_SPLITS[split]}")
+        others.append(f"measured on the {split} split, for there is no test split with labels: {_OTHER_SPLITS[split]}")
     return [claim, *others]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def _run_stages(
     if not (run / "summary.json").exists():
         write_provenance(run, experiment, data)
         runs.write_json(run / "summary.json", summarize(run, experiment, data))
+    stop.check(f"after measuring; `kdctl resume {run}` continues")
     with Yardstick(run, experiment, data, reporter.say, timed) as yardstick:
         made = run_products(yardstick, [stage.name for stage in experiment.products], reporter, stop)
     write_card(run)
@@ -162,15 +164,30 @@ def _run_train_stage(
         reporter.say(f"stage {stage.name}: {built.inherited}")
     if ranks.current().size > 1:
         reporter.say(_describe_processes(built))
-    _open_stores(built, stage, experiment, reporter, stop)
+    with _filling(run, experiment, stage):
+        _open_stores(built, stage, experiment, reporter, stop)
     with Meter(built.device) as meter:
         state = _fit(built, run, experiment, stage, stop, reporter)
     _keep(run, experiment, stage, built, state, meter.describe(state.seconds))
-    seconds = run.info.get("seconds", {}) | {stage.name: round(state.seconds, 3)}
+    whole = state.seconds + run.info.get("filling", {}).get(stage.name, 0.0)
+    seconds = run.info.get("seconds", {}) | {stage.name: round(whole, 3)}
     run.update(seconds=seconds, stages=run.info["stages"] | {stage.name: "done" if done else "running"})
     reporter.say(_time_spent(stage, state))
     if state.finished != "all epochs done":
         reporter.say(f"stage {stage.name}: {state.finished}")
+
+
+@contextlib.contextmanager
+def _filling(run: Run, experiment: Experiment, stage: TrainStage) -> Iterator[None]:
+    """Counts the seconds of a store that is filled before the first step as the stage's own, over resumes too."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        if experiment.teacher_cache is not None and experiment.teacher_cache.fill == "before" and stage.teachers:
+            before = run.info.get("filling", {})
+            spent = before.get(stage.name, 0.0) + time.monotonic() - began
+            run.update(filling=before | {stage.name: round(spent, 3)})
 
 
 def _open_stores(built: Built, stage: TrainStage, experiment: Experiment, reporter: Reporter, stop: StopSignal) -> None:

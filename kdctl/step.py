@@ -171,6 +171,8 @@ class Step:
 
     def _update(self) -> None:
         optimizer = self.built.optimizer
+        if self.scaler.is_enabled() and all(p.grad is None for p in self.built.method.parameters()):
+            return  # every weight is zero at this moment, and the scaler fails without a gradient
         if self._sharded:
             sharding.reduce(self.built.method.parameters())
         if self.stage.clip_norm is not None and self._sharded:

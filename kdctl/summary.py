@@ -18,12 +18,11 @@ from kdctl.runs import Run
 def summarize(run: Run, experiment: Experiment, data: Data) -> dict[str, Any]:
     """Measures the finished student once on the test split (best and last), and its teacher, from disk.
 
-    This is the document of `kdctl train`; without a test split the validation split stands in, and a note says so.
+    This is the document of `kdctl train`; where there is no test split, or none with a label, another stands in for it,
+    and a note says so.
     """
-    split = "test" if data.test is not None else "val"
-    notes = [] if data.test is not None else ["there is no test split: validation stands in for it"]
-    if data.test is None and data.val is None:
-        split, notes = "train", ["there is neither a test nor a validation split: the training split is measured"]
+    split = data.measured
+    notes = _stands_in(split, data)
     best = evaluate_run(run, experiment, split=split, data=data)
     stage = experiment.student_stage
     result = runs.read_json(run.stage_dir(stage.name) / "result.json")
@@ -56,6 +55,18 @@ def summarize(run: Run, experiment: Experiment, data: Data) -> dict[str, Any]:
         "group": run.info["group"],
         "notes": notes + best["notes"],
     }  # fmt: skip
+
+
+def _stands_in(split: str, data: Data) -> list[str]:
+    """That another split than test is measured, and why."""
+    if split == "val":
+        why = "there is no test split" if data.test is None else "the test split has no label"
+        return [f"{why}: validation stands in for it"]
+    if split == "train":
+        none = data.test is None and data.val is None
+        why = "there is neither a test nor a validation split" if none else "only training samples have labels"
+        return [f"{why}: the training split is measured"]
+    return []
 
 
 def _about(model: Model) -> dict[str, Any]:

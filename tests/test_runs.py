@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 from pathlib import Path
 
@@ -129,3 +130,13 @@ def test_a_copied_tree_finds_its_own_latest(tmp_path: Path) -> None:
     make(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
     assert runs.find("latest", tmp_path / "b").path.resolve() == (tmp_path / "b" / "x" / "001").resolve()
+
+
+def test_a_file_system_without_locks_guards_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    run = make(tmp_path)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with run.locked():
+        pass

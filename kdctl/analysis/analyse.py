@@ -10,7 +10,7 @@ from kdctl import build, runs
 from kdctl.analysis.cka import layer_similarity
 from kdctl.analysis.cost import measure_cost
 from kdctl.analysis.robustness import measure_robustness
-from kdctl.analysis.samples import chosen_split, some_of
+from kdctl.analysis.samples import some_of
 from kdctl.config.schema import Experiment
 from kdctl.data.prepare import Data
 from kdctl.errors import ConfigError, MissingError
@@ -94,7 +94,7 @@ def _cka(found: _Found, say: Callable[[str], None]) -> dict[str, Any] | None:
     """The first teacher is the one that is compared."""
     if not found.experiment.student_stage.teachers:
         return None
-    split = chosen_split(found.data())
+    split = found.data().measured
     teachers = found.teachers()
     if len(teachers) > 1:
         say("cka: of several teachers the first is compared")
@@ -106,7 +106,7 @@ def _cka(found: _Found, say: Callable[[str], None]) -> dict[str, Any] | None:
 
 
 def _robustness(found: _Found, say: Callable[[str], None]) -> dict[str, Any]:
-    split, task = chosen_split(found.data()), build.build_task(found.experiment)
+    split, task = found.data().measured, build.build_task(found.experiment)
     if found.data().tokens is not None:
         raise MissingError("its corruptions are of images, and the data are texts")
     samples = some_of(found.data().split(split))

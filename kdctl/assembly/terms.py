@@ -87,6 +87,7 @@ def dry_run(
         with _of_term(term):
             run = DryRun(task, batch, _detached(seen), signals, num_samples, trial.net, nets)
             check_padding(term.loss, run)
+            _check_classifier(term.loss, [] if teacher is None else teacher.models)
             _check_places(term.loss, run, [] if teacher is None else teacher.models)
             term.loss.setup(run)
     for term in terms:
@@ -97,6 +98,14 @@ def dry_run(
             _check_gradient(term, trial, seen, signals, batch)
         term.loss.epoch = 0.0
         term.loss.train()
+
+
+def _check_classifier(loss: Loss, teachers: Sequence[Model]) -> None:
+    """Refuses a term on the rows of a classifier whose classes stand in another order than those of the data."""
+    reads = any(isinstance(part, Loss) and part.reads_classifier for part in loss.modules())
+    if reads and any(model.record.class_order is not None for model in teachers):
+        message = "the term reads the rows of the teacher's classifier, and its classes stand in another order"
+        raise ConfigError(Problem(message, hint="a teacher without `classes`, or a term on logits"))
 
 
 def _check_places(loss: Loss, run: DryRun, teachers: Sequence[Model]) -> None:

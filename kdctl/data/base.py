@@ -361,6 +361,11 @@ def _check_split(name: str, split: Any, shape: Shape, num_classes: int) -> None:
     if targets.is_floating_point() or split.head not in ("sample", "embedding"):
         return
     largest = num_classes - 1 if targets.ndim == 1 else 1
+    known = targets != IGNORE
+    if targets.ndim == 2 and (known.any(1) != known.all(1)).any():
+        row = int((known.any(1) != known.all(1)).nonzero()[0])
+        message = f"sample {row} of the {name} split has labels of some classes alone"
+        raise ConfigError(f"{message}; allowed: of all, or {IGNORE} for all")
     wrong = targets[((targets < 0) & (targets != IGNORE)) | (targets > largest)]
     if len(wrong):
         raise ConfigError(

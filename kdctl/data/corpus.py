@@ -90,7 +90,7 @@ class Corpus(Source):
         if not path.is_file():
             raise MissingError(Problem(f"there is no file {path}", key=f"data.{name}"))
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ConfigError(Problem(f"the file is not UTF-8: {error.reason}", file=str(path))) from None
         text = text if path.suffix == ".txt" else "\n".join(_texts_of(path, text, self.text))
@@ -119,6 +119,11 @@ class Corpus(Source):
 
     def _blocks(self, tokenizer: Tokenizer, tokens: TokenInput, text: str) -> TokenSplit:
         ids = kept_encoding("plain", [text], tokens, lambda: [tokenizer.encode_plain(text)])[0]
+        if (ids == tokens.pad).any():
+            name = tokenizer.vocabulary()[tokens.pad]
+            message = f"'{name}' stands within the text, and this tokenizer has no other token for padding"
+            hint = "add a token [PAD] to the tokenizer, or take it out of the text"
+            raise ConfigError(Problem(message, key="data.tokenizer", hint=hint))
         edges = [] if self.target == "next" else [tokens.first, tokens.separator]
         size = self.max_length - len(edges)
         step = size - 1 if self.target == "next" else size

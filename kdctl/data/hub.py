@@ -106,9 +106,11 @@ def class_names(feature: Any) -> list[str] | None:
 
 
 def _said(value: Any, names: list[str]) -> Any:
-    """Numbers of classes as their names; -1, by which the Hub's test splits hide a label, is none."""
+    """Numbers of classes as their names; -1, by which the Hub's test splits hide a label, is none, and so is a list
+    with one."""
     if isinstance(value, list):
-        return [names[number] for number in value]
+        hidden = any(number is None or number < 0 for number in value)
+        return None if hidden else [names[number] for number in value]
     return None if value is None or value < 0 else names[value]
 
 

@@ -60,7 +60,8 @@ class ImageFolder(Source):
                 raise ConfigError(Problem(message, file=str(folder), hint=did_you_mean(class_name, class_names)))
             for path in _images(folder / class_name):
                 status = path.stat()
-                digest.update(f"{path.relative_to(self.root)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+                said = f"{path.relative_to(self.root)}\0{status.st_size}\0{status.st_mtime_ns}\0"
+                digest.update(said.encode("utf-8", "surrogateescape"))  # a name may be any bytes
                 files.append(str(path))
                 targets.append(class_names.index(class_name))
         if not files:
@@ -97,7 +98,9 @@ class Decoder:
         height, width = self._size
         image.draft(None, (2 * width, 2 * height))  # JPEG: decode no finer than needed
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bits, which convert() would clip
+        if image.mode == "F":
+            raise ValueError("floating-point pixels, of which no range is known; save it with 8 or 16 bits")
+        if image.mode.startswith("I"):  # 16 bits, which convert() would clip
             deep = np.asarray(image, dtype=np.float32)
             image = Image.fromarray((deep / 257).clip(0, 255).round().astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -51,9 +51,9 @@ def read_npz(path: Path, layout: Layout = "auto", class_names: list[str] | None 
         _wrong(path, f"needs the arrays x_train and y_train; it has {', '.join(sorted(arrays)) or 'none'}")
     there = [name for name in ("train", "val", "test") if {f"x_{name}", f"y_{name}"} & arrays.keys()]
     splits = {name: _split(path, arrays, name, layout) for name in there}
-    names = class_names or [str(name) for name in arrays.get("class_names", [])]
+    names = class_names or [_text(name) for name in arrays.get("class_names", [])]
     if not names:
-        largest = max(int(split.targets.max()) for split in splits.values() if len(split))
+        largest = max((int(split.targets.max()) for split in splits.values() if len(split)), default=0)
         names = [str(number) for number in range(largest + 1)]
     try:
         return Dataset(splits["train"], val=splits.get("val"), test=splits.get("test"), class_names=names)
@@ -102,6 +102,10 @@ def _channels_first(path: Path, name: str, images: np.ndarray, layout: Layout) -
             _wrong(path, f"{name} has shape {images.shape}: which axis is the channels?", "say layout: nhwc or nchw")
         layout = "nhwc" if last else "nchw"
     return images.transpose(0, 3, 1, 2) if layout == "nhwc" else images
+
+
+def _text(name: np.generic) -> str:
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
 def _wrong(path: Path, message: str, hint: str | None = None) -> NoReturn:

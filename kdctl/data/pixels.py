@@ -1,6 +1,7 @@
 """Operations on the values of pixels: uint8 images (N, C, H, W) -> uint8, each image by itself.
 
-What each computes is what the Pillow functions of RandAugment's published code compute. Arithmetic is on integers or
+Each computes what the Pillow function of RandAugment's published code computes; brightness, contrast, colour and
+sharpness round where Pillow cuts off, and so differ by one grey level at most. Arithmetic is on integers or
 single float32 steps, so that results do not depend on the device.
 """
 

@@ -75,6 +75,13 @@ class Data:
         """How many sample numbers there are: every `index` of train is below it."""
         return len(self.whole)
 
+    @property
+    def measured(self) -> str:
+        """The split that a run is measured on: test, else validation, else training; the first with a label, if any."""
+        there = {n: s for n, s in (("test", self.test), ("val", self.val), ("train", self.train)) if s is not None}
+        labelled = [name for name, split in there.items() if bool((split.strata != IGNORE).any())]
+        return (labelled or list(there))[0]
+
     def split(self, name: str) -> Split:
         """train, val or test. Raises MissingError where there is no such split."""
         there = {n: s for n, s in (("train", self.train), ("val", self.val), ("test", self.test)) if s is not None}

@@ -19,6 +19,8 @@ _AS_IN_GLUE: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 _PACKED: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open}
 _WORDS = (".conll", ".txt")
 _TABLES = (".tsv", ".csv", ".jsonl")
+_LONGEST = 2**30
+"""Signs of a table's cell; Python's own limit is 131,072."""
 WORD, TAG = "tokens", "tags"
 """What the columns of a CoNLL file are called where nobody names them: the first one, and the last."""
 
@@ -44,7 +46,7 @@ def read_rows(path: Path, columns: Sequence[str] | None, words: bool) -> Numbere
         raise ConfigError(Problem(message, key="data.columns", file=str(path), hint="leave data.columns out"))
     unpack = _PACKED[path.suffix.lower()] if packed else open
     try:
-        with unpack(path, "rt", encoding="utf-8", newline="" if kind == ".csv" else None) as file:
+        with unpack(path, "rt", encoding="utf-8-sig", newline="" if kind == ".csv" else None) as file:
             if kind == ".jsonl":
                 yield from _json_lines(path, file)
             elif kind in _WORDS:
@@ -61,6 +63,7 @@ def wrong_line(path: Path, line: int, message: str, hint: str | None) -> NoRetur
 
 
 def _table(path: Path, file: IO[str], columns: Sequence[str] | None, form: dict[str, Any]) -> Numbered:
+    csv.field_size_limit(_LONGEST)
     reader = csv.DictReader(file, fieldnames=columns, **form)
     for row in reader:
         if columns is not None and None in row:
@@ -71,6 +74,8 @@ def _table(path: Path, file: IO[str], columns: Sequence[str] | None, form: dict[
 
 def _json_lines(path: Path, file: IO[str]) -> Numbered:
     for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:

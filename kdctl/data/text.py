@@ -178,6 +178,12 @@ class _Read:
             wrong_line(
                 self.path, line, f"there is no {what} '{column}'; there are: {there}", f"{name} names the column"
             )
+        try:
+            "\0".join(value if isinstance(value, list) else [str(value)]).encode()
+        except UnicodeEncodeError as error:
+            sign = f"U+{ord(error.object[error.start]):04X}"
+            hint = "it was cut within a sign: write the file anew, or delete the line"
+            wrong_line(self.path, line, f"the text holds {sign}, half of a sign", hint)
         return value
 
     def _cell(self, row: Row, label: str | None, line: int) -> cells.Cell:

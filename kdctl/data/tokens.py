@@ -12,6 +12,7 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -209,6 +210,6 @@ def kept_encoding(
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         pass
     encoded = [np.asarray(ids, np.int32) for ids in encode()]
-    with runs.writing(place) as file:
+    with suppress(OSError), runs.writing(place) as file:  # a cache that cannot be written costs time alone
         np.savez_compressed(file, ids=np.concatenate(encoded), ends=np.cumsum([len(ids) for ids in encoded]))
     return encoded

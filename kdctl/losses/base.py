@@ -54,6 +54,9 @@ class Loss(nn.Module):
     sees_streams: ClassVar[bool] = False
     """Whether it looks at the strongly augmented version itself (`Signals.strong`). Others are applied to both."""
 
+    reads_classifier: ClassVar[bool] = False
+    """Whether it looks at the rows of the teacher's classifier, which stand in the teacher's own order of classes."""
+
     leaves_padding_out: ClassVar[bool] = False
     """Whether it may be given states of tokens some of which are padding."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ class CATKD(FeatureLoss):
     teacher_head: where the teacher's stands; null is the same place.
     """
 
+    reads_classifier: ClassVar[bool] = True
     head_weight: Tensor
 
     def __init__(self, *, resolution: PositiveInt = 2, head: str = "fc", teacher_head: str | None = None) -> None:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdctl.config.types import Scheduled
-from kdctl.losses.base import Loss
+from kdctl.errors import ConfigError, Problem
+from kdctl.losses.base import DryRun, Loss
 from kdctl.signals import Batch, Signals
 
 _STANDARDIZE_EPS = 1e-7
@@ -39,6 +40,11 @@ class KD(Loss):
         super().__init__()
         self.temperature = temperature
         self.standardize = standardize
+
+    def setup(self, dry_run: DryRun) -> None:
+        if self.standardize and dry_run.student.rows().shape[1] == 2:
+            message = "of two classes every row of standardised logits is the same: the student would learn nothing"
+            raise ConfigError(Problem(message, key="standardize", hint="leave it out"))
 
     def values(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
         student_RC, teacher_RC = self.logit_pair(student, teacher)

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kdctl.errors import ConfigError
+from kdctl.errors import ConfigError, Problem
+from kdctl.losses.base import DryRun
 from kdctl.losses.relations import full_precision
 from kdctl.losses.tokens import TokenLoss, lengths, to_tokens
 from kdctl.signals import Batch, Signals
@@ -36,6 +37,15 @@ class TextNST(TokenLoss):
         if to_tokens(student).shape[1] != to_tokens(teacher).shape[1]:
             raise ConfigError("the numbers of tokens differ", hint="tap places with as many positions in both models")
         return nn.Identity()
+
+    def setup(self, dry_run: DryRun) -> None:
+        super().setup(dry_run)
+        assert dry_run.teacher is not None
+        for who, seen, side in (("student", dry_run.student, 0), ("teacher", dry_run.teacher, 1)):
+            widths = [to_tokens(seen.features[pair[side]]).shape[2] for pair in self.taps]
+            if self.layers == "consecutive" and len(set(widths)) > 1:
+                message = f"the {who}'s taps are {', '.join(map(str, widths))} wide, and consecutive ones are compared"
+                raise ConfigError(Problem(message, key="taps", hint="tap layers of one width, or layers: same"))
 
     def count(self, batch: Batch) -> int | Tensor:
         return lengths(batch).square().sum() if self.masked else batch.size

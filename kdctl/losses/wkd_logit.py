@@ -41,6 +41,7 @@ class WKDLogit(Loss):
 
     needs_targets: ClassVar[bool] = True
     links: ClassVar[tuple[str, ...]] = ("softmax",)
+    reads_classifier: ClassVar[bool] = True
     ALIASES: ClassVar[dict[str, str]] = {"T": "temperature", "lambda": "entropy", "kappa": "sharpen"}
     cost_CC: Tensor
 

@@ -71,6 +71,8 @@ class Method:
     """Whether several processes may train it together."""
     one_gradient: ClassVar[bool] = True
     """Whether the gradient of a step is one, so that its norm can be clipped and its scale undone as a whole."""
+    shapes_student: ClassVar[bool] = False
+    """Whether it changes what the student computes with, teacher or not, so that its controls are trained by it too."""
     finetune_optimizer: ClassVar[dict[str, Any]] = {}
     """The optimizer of a `finetune` with this method that names none; empty: the experiment's, slowed down."""
     smoke: ClassVar[dict[str, Any]] = {}
@@ -155,6 +157,14 @@ class Method:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a saved state."""
+
+    def averaged(self) -> None:
+        """Called when the student has its averaged weights, before these are measured or kept."""
+
+    def rounds(self) -> tuple[int, int] | None:
+        """Where `data` of the clock is spent in rounds: before every how many steps there is one, and how many more
+        there are before the first step. None: each step is like the others."""
+        return None
 
     def ready(self) -> bool:
         """Whether the student could be shipped as it is: until then no epoch is the best one."""

@@ -183,6 +183,9 @@ class DataFree(Distill):
             self._taught += 1
             return replace(batch, inputs=images)
 
+    def rounds(self) -> tuple[int, int] | None:
+        return self.recipe.kd_steps, self.recipe.warmup
+
     def state_dict(self) -> dict[str, Any]:
         return {"taught": self._taught, "synthesizer": self.synthesizer.state_dict()}
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdctl import ranks
@@ -14,7 +15,7 @@ from kdctl.clock import Clock
 from kdctl.device import compiled
 from kdctl.methods.base import Method, Parts, Term, count_units, over_streams
 from kdctl.ranks import Ranks
-from kdctl.signals import Batch, Signals
+from kdctl.signals import IGNORE, Batch, Signals
 from kdctl.taps import Taps
 
 Seen = tuple[Signals, Signals | None, Batch]
@@ -45,6 +46,13 @@ class Distill(Method):
                 # Every process has the whole gradient of these, and the processes' gradients are summed.
                 parameter.register_hook(lambda gradient: gradient / self._ranks.size)
         self._forward = compiled(self.student) if parts.compile else self.student
+
+    def begin_step(self, batch: Batch, epoch: float) -> Batch:
+        tokens = self.student.record.tokens
+        if self._ranks.size == 1 or tokens is None or not any(term.loss.batchwise for term in self.terms):
+            return batch
+        longest = int(self._ranks.gathered(torch.tensor([batch.inputs.shape[1]])).max())
+        return _padded(batch, longest, tokens.pad)
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
         counts = super().counts(batch)
@@ -92,6 +100,19 @@ class Distill(Method):
             return over_streams(term.loss, *own)
         value = over_streams(term.loss, *whole)
         return value - value.detach() * (1 - 1 / self._ranks.size)
+
+
+def _padded(batch: Batch, length: int, pad: int) -> Batch:
+    """The batch with its texts as long as the longest of all processes, without which they could not be gathered."""
+    own = batch.inputs.shape[1]
+
+    def longer(values: Tensor, padding: int) -> Tensor:
+        return F.pad(values, (0, length - own), value=padding)
+
+    of_tokens = {n: longer(v, 0) for n, v in batch.extra.items() if v.ndim == 2 and v.shape[1] == own}
+    keep = None if batch.keep is None else longer(batch.keep, 0)
+    targets = batch.targets if batch.keep is None else longer(batch.targets, IGNORE)
+    return replace(batch, inputs=longer(batch.inputs, pad), targets=targets, keep=keep, extra=batch.extra | of_tokens)
 
 
 def _whole_batch(batch: Batch, everyone: Ranks) -> Batch:

@@ -6,13 +6,14 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from kdctl.clock import Clock
 from kdctl.config.types import NonNegative, PositiveInt, Tap
+from kdctl.data.loader import TrainLoader
 from kdctl.device import compiled
 from kdctl.errors import ConfigError, Problem
 from kdctl.losses.adapters import to_vectors
@@ -64,6 +65,12 @@ class ONE(Method):
             raise ConfigError(Problem(message, key="method.at", hint="a later part, or method: mutual"))
         self._others = [build_model(student.record, student.base) for _ in range(1, self.branches)]
         return student
+
+    def loader(self, loader: TrainLoader) -> Any:
+        if loader.batch_size < 2:
+            message = "the gate normalises over the samples of a batch, and there is one"
+            raise ConfigError(Problem(message, key="data.batch_size", hint="2 or more"))
+        return loader
 
     def rehearse(self, teacher: Teacher | None, task: Task, taps: Sequence[str]) -> Teacher | None:
         if taps:

@@ -62,6 +62,7 @@ class QAT(Distill):
     """
 
     parallel: ClassVar[bool] = True
+    shapes_student: ClassVar[bool] = True
     smoke: ClassVar[dict[str, Any]] = {"samples": 8}
     finetune_optimizer: ClassVar[dict[str, Any]] = {"kind": "adam", "lr": 0.0002}
 

@@ -37,6 +37,7 @@ class Sparse(Distill):
     """
 
     parallel: ClassVar[bool] = False
+    shapes_student: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -78,6 +79,9 @@ class Sparse(Distill):
     def end_step(self) -> None:
         self._apply()
         super().end_step()
+
+    def averaged(self) -> None:
+        self._apply()
 
     def ready(self) -> bool:
         return self._reached

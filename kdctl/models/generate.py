@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdctl.models.gpt import places_seen
 from kdctl.models.record import Model
 from kdctl.signals import find_logits
 
@@ -22,7 +23,7 @@ def continued(model: Model, prompts: Tensor, length: int, uniforms: Tensor | Non
     """
     tokens, past = prompts, _start(model)
     while tokens.shape[1] < length:
-        shown = tokens if past is None else tokens[:, past[0][0].shape[2] if past[0] else 0 :]
+        shown = tokens[:, places_seen(past) :]
         logits = _last(model, shown, past).float()
         if model.record.tokens is not None:
             logits[:, model.record.tokens.pad] = -torch.inf

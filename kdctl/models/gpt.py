@@ -44,7 +44,8 @@ class _Attention(nn.Module):
         if self.softmax._forward_hooks or self.softmax._forward_pre_hooks:
             later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
             scores = torch.matmul(queries * queries.shape[-1] ** -0.5, keys.transpose(-2, -1))
-            mixed = torch.matmul(self.dropout(self.softmax(scores.masked_fill(later, _UNSEEN))), values)
+            unseen = max(_UNSEEN, torch.finfo(scores.dtype).min / 2)
+            mixed = torch.matmul(self.dropout(self.softmax(scores.masked_fill(later, unseen))), values)
         else:
             share = self.dropout.p if self.training else 0.0
             mixed = F.scaled_dot_product_attention(queries, keys, values, None, share, is_causal=not before)
@@ -76,6 +77,11 @@ class _Embeddings(nn.Module):
     def forward(self, input_ids: Tensor, start: int = 0) -> Tensor:
         places = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
         return self.dropout(self.words(input_ids) + self.positions(places))
+
+
+def places_seen(past: list[list[Tensor]] | None) -> int:
+    """How many tokens of a text a net has seen, by what a layer keeps of them; one that was dropped keeps none."""
+    return next((kept[0].shape[2] for kept in past or () if kept), 0)
 
 
 class GPT(nn.Module):
@@ -128,7 +134,7 @@ class GPT(nn.Module):
         past: of each layer the keys and values of the tokens before these, nothing at first; these ones are added. With
         some before, the tokens are one a text.
         """
-        x = self.embeddings(input_ids, past[0][0].shape[2] if past and past[0] else 0)
+        x = self.embeddings(input_ids, places_seen(past))
         for number, layer in enumerate(self.layer):
             x = layer(x, None if past is None else past[number])
         return F.linear(self.norm(x), self.embeddings.words.weight)

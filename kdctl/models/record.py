@@ -182,12 +182,12 @@ class Model(nn.Module):
 
 
 def _reordered(outputs: Any, order: list[int]) -> Tensor:
-    """The logits (N, C) in another order of classes; one that the net lacks lies 20 below its lowest logit, where its
+    """The logits (..., C) in another order of classes; one that the net lacks lies 20 below its lowest logit, where its
     probability is next to nothing and every loss stays finite."""
     logits = find_logits(outputs)
     lacking = torch.tensor([number < 0 for number in order], device=logits.device)
-    chosen = logits[:, torch.tensor([max(number, 0) for number in order], device=logits.device)]
-    return torch.where(lacking, logits.detach().amin(1, keepdim=True) - 20, chosen)
+    chosen = logits[..., torch.tensor([max(number, 0) for number in order], device=logits.device)]
+    return torch.where(lacking, logits.detach().amin(-1, keepdim=True) - 20, chosen)
 
 
 def _channels(record: ModelRecord, name: str) -> Tensor:

@@ -179,7 +179,7 @@ def _strip_prefixes(state: dict[str, Tensor], net: nn.Module) -> dict[str, Tenso
     children = {f"{name}." for name, _ in net.named_children()}
     while True:
         prefix = next((p for p in PREFIXES if p not in children and all(k.startswith(p) for k in state)), None)
-        if prefix is None:
+        if prefix is None or not state:
             return state
         state = {k.removeprefix(prefix): v for k, v in state.items()}
 

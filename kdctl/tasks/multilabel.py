@@ -1,8 +1,8 @@
 """Several labels a sample: each of C classes is there or not, whatever the others are.
 
 Metrics are of scores (N, C) and binary targets (N, C). Scores are logits unless a threshold says otherwise: 0 is a
-probability of one half. A target without a label (IGNORE) never counts, whatever the others of its sample are. A score
-that is NaN is the lowest of all. Everything is computed in float64 and given in percent; NaN only where nothing can be
+probability of one half. A sample has labels of all classes or of none (IGNORE), and then never counts. A score that is
+NaN is the lowest of all. Everything is computed in float64 and given in percent; NaN only where nothing can be
 said.
 """
 

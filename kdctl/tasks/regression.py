@@ -70,9 +70,11 @@ def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
         return float("nan")
     a, b = a - a.mean(), b - b.mean()
     size = np.sqrt(np.square(a).sum() * np.square(b).sum())
-    return 100 * float((a * b).sum() / size) if size > 0 else 0.0
+    return 0.0 if size == 0 else 100 * float((a * b).sum() / size)
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    if np.isnan(values).any():
+        return np.full(values.shape, np.nan)
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]

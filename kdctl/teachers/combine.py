@@ -24,6 +24,8 @@ class Combination:
     """Whether the weights hang on what the teachers say."""
     batchwise: ClassVar[bool] = False
     """Whether the weights hang on the batch as a whole, so that micro-batches would change them."""
+    links: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid", "identity", "embedding")
+    """The kinds of logits (Task.link) that it can weigh teachers by."""
 
     def weights(self, members: Sequence[Signals], batch: Batch) -> Tensor:
         """(K, R): what each teacher weighs in each row of logits. No gradient flows through it."""
@@ -122,6 +124,7 @@ class Entropy(Combination):
     """
 
     needs_logits: ClassVar[bool] = True
+    links: ClassVar[tuple[str, ...]] = ("softmax",)
 
     def __init__(self, *, variant: Literal["normalized", "code"] = "normalized") -> None:
         self.variant = variant
@@ -144,6 +147,7 @@ class Confidence(Combination):
     """
 
     needs_logits: ClassVar[bool] = True
+    links: ClassVar[tuple[str, ...]] = ("softmax",)
 
     def __init__(self, *, variant: Literal["normalized", "code"] = "normalized") -> None:
         self.variant = variant
@@ -163,6 +167,7 @@ class Best(Combination):
     """
 
     needs_logits: ClassVar[bool] = True
+    links: ClassVar[tuple[str, ...]] = ("softmax",)
 
     def weights(self, members: Sequence[Signals], batch: Batch) -> Tensor:
         losses_KR, labelled_R = cross_entropies(members, batch)
@@ -181,6 +186,7 @@ class ClassGroups(Combination):
     """
 
     needs_logits: ClassVar[bool] = True  # their number of classes
+    links: ClassVar[tuple[str, ...]] = ("softmax",)
 
     def __init__(self, *, groups: list[list[NonNegativeInt]]) -> None:
         self.groups = groups

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from kdctl.errors import ConfigError, Problem
 from kdctl.losses.base import DryRun, Loss
 from kdctl.losses.tokens import check_padding
 from kdctl.signals import Batch, Signals
@@ -36,6 +37,10 @@ class Several(Loss):
 
     def setup(self, dry_run: DryRun) -> None:
         assert dry_run.teacher is not None
+        if dry_run.task.link not in self.combination.links:
+            message = "it weighs teachers by their probabilities of classes of which a sample has one"
+            hint = "this task has none: take mean_logits, mean or weighted"
+            raise ConfigError(Problem(message, key="ensemble.kind", hint=hint))
         seen = zip(self._each(), _members(dry_run.teacher), dry_run.teacher_nets, strict=True)
         for loss, teacher, net in seen:
             own = replace(dry_run, teacher=teacher, teacher_nets=[net])

@@ -234,13 +234,15 @@ class Store:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=self.folder, prefix=ASIDE)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(self.key, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        place(Path(aside), path)
-        Path(aside).unlink(missing_ok=True)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(json.dumps(self.key, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(aside, 0o644)
+            place(Path(aside), path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
         self._check_key()
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from kdctl.cli import app, console
+from kdctl.models.record import ModelRecord, build_model, save_model
 
 FILE = """
 data: {kind: digits, limit: 100, augment: [{kind: random_crop, padding: 1}], views: 2, val_fraction: 0.1}
@@ -174,3 +175,10 @@ def test_a_bar_counts_what_is_asked(run, monkeypatch):
     monkeypatch.setattr(console, "bar", bar)
     assert run("build", "a.yaml", "data.eval_batch_size=64")[0] == 0
     assert counted[0] == ROWS and sum(counted) == 0 and len(counted) > 5
+
+
+@pytest.mark.parametrize("val", ["0", "0.1"])
+def test_a_student_that_is_not_trained_needs_no_store(document, here, val):
+    given = ["train.epochs=0", "student={kind: digits_cnn, width: 4, weights: w.safetensors}"]
+    save_model(build_model(ModelRecord("digits_cnn", {"width": 4}, 10, list("0123456789"), [1, 8, 8])), here / "w")
+    assert document("show", "a.yaml", *given, f"data.val_fraction={val}")["stores"] == []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,8 @@ import torch
 from kdctl.cli import app, doctor
 from kdctl.config.expand import load_experiment
 from kdctl.forecast import forecast
+from kdctl.methods.synthesizer import Synthesizer
+from kdctl.step import Step
 from kdctl.teachers.cached import CachedTeacher
 
 FILE = """\
@@ -253,3 +257,37 @@ def test_what_only_building_shows_has_its_place(here: Path, capsys: pytest.Captu
     assert grey[0][:3] == ("wrong.yaml", 5, "student.normalize") and "the images have 1" in grey[0][3]
     staged = WRONG.partition("losses:")[0].replace("weights: WEIGHTS", "control: true") + STAGES
     assert problems(staged)[0][:3] == ("wrong.yaml", 12, "losses.fitnet.taps")
+
+
+DATA_FREE = """\
+name: deep
+data: {kind: digits, limit: 300, batch_size: 16}
+teacher: {kind: digits_cnn, width: 8, control: true}
+student: {kind: digits_cnn, width: 4}
+method: {kind: data_free, preset: deep_inversion, steps: 20, inversion_steps: 1, kd_steps: 10}
+losses: [{kind: kd, temperature: 4}]
+train: {epochs: 4, device: cpu, threads: 1, precision: fp32}
+"""
+
+
+def test_rounds_of_synthesis_are_in_the_time(
+    deep: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Synthesizer.round
+
+    def slow(self: Synthesizer) -> None:
+        real(self)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(Synthesizer, "round", slow)
+    (stage,) = deep(text=DATA_FREE)["stages"]
+    assert stage["time"]["step_ms"] >= 30 and stage["time"]["seconds"] >= 4 * 20 * 0.03
+
+
+def test_each_timed_step_is_another_one(deep: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method may draw by the step what it does in it."""
+    seen: list[float] = []
+    real = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda self, batch, epoch: seen.append(epoch) or real(self, batch, epoch))
+    deep()
+    assert len(seen) > 10 and all(later != now for now, later in itertools.pairwise(seen))

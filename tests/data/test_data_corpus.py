@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -183,3 +184,21 @@ def test_parts_keep_what_is_asked() -> None:
     ):
         assert part.head == "vocabulary" and part.asks == "next"
     assert split.fingerprint() != split_of([[5, 6], [7, 8], [9, 4]], "targets").fingerprint()
+
+
+def test_a_padding_token_within_the_text_is_refused(root: Path) -> None:
+    """Tokenizers without padding pad with the token that ends a text, which corpora put between texts."""
+    tokenizer = json.loads(str(load(root, units="bpe", vocab_size=300).tokenizer).replace("[PAD]", "<|endoftext|>"))
+    (root / "own.json").write_text(json.dumps(tokenizer).replace("<pad>", "<|endoftext|>"))
+    options = {"tokenizer": str(root / "own.json"), "val_share": 0, "test_share": 0}
+    assert len(load(root, **options).train) > 10
+    (root / "train.txt").write_text(TEXT + "<|endoftext|>" + TEXT)
+    with pytest.raises(ConfigError, match=r"'<\|endoftext\|>' stands within the text") as caught:
+        load(root, **options)
+    assert caught.value.problems[0].key == "data.tokenizer"
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "file").touch()
+    monkeypatch.setenv("KDCTL_CACHE", str(root / "file"))
+    assert kept_encoding("plain", ["a"], TOKENS, lambda: [[4, 5]])[0].tolist() == [4, 5]

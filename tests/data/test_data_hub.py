@@ -92,6 +92,20 @@ class TestRead:
         assert tagged.train.tags is not None
         assert [tag for tag in tagged.train.tags.tolist() if tag != IGNORE] == [0, 1, 0, 1]
 
+    def test_hidden_tags_are_none(self, folder: Path, library: Any) -> None:
+        tags = library.List(library.ClassLabel(names=["O", "B-x"]))
+        features = library.Features({"tokens": library.List(library.Value("string")), "tags": tags})
+        rows = {"tokens": [["a"], ["b", "c"]], "tags": [[-1], [1, -1]]}
+        file = folder / "data" / "test-00000-of-00001.parquet"
+        library.Dataset.from_dict(rows, features=features).to_parquet(file)
+        for name in (folder / "data").glob("train*"):
+            name.unlink()
+        rows = {"tokens": [["a"], ["b", "c"]], "tags": [[0], [1, 0]]}
+        library.Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+        data = self.load(folder, target="tags", text="tokens", label="tags")
+        assert isinstance(data.test, TokenSplit) and data.test.tags is not None
+        assert set(data.test.tags.tolist()) == {IGNORE} and data.test.targets.tolist() == [IGNORE, IGNORE]
+
     @pytest.mark.parametrize(
         ("changed", "key", "said"),
         [

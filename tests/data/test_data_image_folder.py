@@ -141,3 +141,17 @@ def test_folder_fingerprint_follows_the_files(folder: Path) -> None:
     status = path.stat()
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
     assert fingerprint() != before
+
+
+def test_a_name_that_is_no_text(folder: Path) -> None:
+    before = ImageFolder(root=str(folder), size=8).load()
+    name = os.fsdecode(b"caf\xe9.png")
+    image_file(folder / "train" / "cat" / name, noise(9, 9, 3))
+    data = ImageFolder(root=str(folder), size=8).load()
+    assert len(data.train) == len(before.train) + 1 and data.train.fingerprint() != before.train.fingerprint()
+
+
+def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
+    image_file(tmp_path / "train" / "a" / "x.tif", noise(6, 6).astype(np.float32) / 255)
+    with pytest.raises(KdctlError, match="floating-point pixels"):
+        decoded(tmp_path, 6)

@@ -108,3 +108,11 @@ def test_damaged_npz_files_are_refused(name: str, tmp_path: Path, monkeypatch: p
 def test_npz_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="there is no file"):
         Npz(path=str(tmp_path / "data.npz")).load()
+
+
+def test_names_of_bytes_and_a_train_split_without_samples(tmp_path: Path) -> None:
+    names = np.array([b"cat", b"dog"])
+    data = saved(tmp_path, x_train=noise(4, 3, 3), y_train=np.array([0, 1, 0, 1]), class_names=names).load()
+    assert data.class_names == ["cat", "dog"]
+    with pytest.raises(ConfigError, match="the train split has no samples"):
+        saved(tmp_path, x_train=noise(0, 3, 3), y_train=np.zeros(0, np.int64)).load()

@@ -71,6 +71,13 @@ def test_dataset_refuses_wrong_targets(targets: list[int], names: list[str], mes
         Dataset(ArraySplit(images, torch.tensor(targets, dtype=torch.int64)), class_names=names)
 
 
+def test_labels_of_some_classes_alone_are_refused() -> None:
+    targets = torch.tensor([[1, 0], [-100, -100], [1, -100]])
+    split = ArraySplit(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), targets)
+    with pytest.raises(ConfigError, match="sample 2 of the train split has labels of some classes alone"):
+        Dataset(split, class_names=["a", "b"])
+
+
 def test_splits_refuse_other_types_and_shapes() -> None:
     good = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
     with pytest.raises(ConfigError, match="float32 of shape"):

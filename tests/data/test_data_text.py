@@ -264,3 +264,22 @@ def test_long_texts_are_cut_and_end_as_others_do(root: Path) -> None:
     assert data.input_shape == (4,)
     assert [said(data, row) for row in (0, 4)] == [["[CLS]", "a", "good", "[SEP]"], ["[CLS]", "bad", ",", "[SEP]"]]
     assert load(root).train.fetch(data.train.index).shape[1] > 4
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_column(root: Path) -> None:
+    (root / "train.csv").write_bytes("text,label\ngood,1\nbad,0\n".encode("utf-8-sig"))
+    assert load(root, train="train.csv").train.targets.tolist() == [1, 0]
+
+
+def test_empty_lines_and_long_cells(root: Path) -> None:
+    (root / "train.jsonl").write_text('{"text": "good", "label": 1}\n\n{"text": "bad", "label": 0}\n')
+    assert load(root, train="train.jsonl").train.targets.tolist() == [1, 0]
+    (root / "train.csv").write_text(f"text,label\n{'good ' * 30_000},1\nbad,0\n")
+    assert load(root, train="train.csv").train.targets.tolist() == [1, 0]
+
+
+def test_half_a_sign_is_named_with_its_line(root: Path) -> None:
+    (root / "train.jsonl").write_text('{"text": "good", "label": 1}\n{"text": "bad \\ud83d", "label": 0}\n')
+    with pytest.raises(ConfigError, match=r"U\+D83D, half of a sign") as caught:
+        load(root, train="train.jsonl")
+    assert caught.value.problems[0].line == 2

@@ -80,6 +80,15 @@ class TestKDSVD:
         with pytest.raises(ConfigError, match="one pair of taps"):
             build("kdsvd", example())
 
+    def test_a_student_that_diverged_has_no_loss_but_no_error(self, example: Make, build: Make) -> None:
+        shapes = [(6, 4, 4), (5, 2, 2)]
+        student, teacher, batch = example(size=3, student=shapes, teacher=shapes)
+        loss = build("kdsvd", (student, teacher, batch))
+        broken = {tap: feature.detach().clone() for tap, feature in student.features.items()}
+        broken["g"][1, 0, 0, 0] = torch.inf
+        student.features = {tap: feature.requires_grad_(True) for tap, feature in broken.items()}
+        assert loss(student, teacher, batch).isnan()
+
     @pytest.mark.parametrize("variant", ["repdistiller", "mdistiller"])
     def test_dead_channels_leave_a_gradient_that_is_finite(self, variant: str, example: Make, build: Make) -> None:
         shapes = [(6, 4, 4), (5, 2, 2)]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdctl.errors import ConfigError
 from kdctl.losses.kd import kl_divergence, standardized
 from kdctl.signals import IGNORE
 
@@ -117,3 +118,10 @@ def test_logit_mse(example: Callable[..., Any], build: Callable[..., Any]) -> No
     given = example(size=6)
     s, t = logits(given)
     assert build("logit_mse", given)(*given).item() == pytest.approx(6 * ((s - t) ** 2).mean(), rel=1e-12)
+
+
+def test_kd_of_two_standardized_logits_is_refused(example: Callable[..., Any], build: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="of two classes") as caught:
+        build("kd", example(classes=2), standardize=True)
+    assert caught.value.problems[0].key == "standardize"
+    build("kd", example(classes=2))

@@ -394,6 +394,14 @@ class TestTextNST:
         expected = sum(((self.gram(s[i], s[i]) - self.gram(t[i], t[i])) ** 2).mean() for i in range(2))
         assert build("text_nst", given)(*given).item() == pytest.approx(expected, rel=1e-12)
 
+    def test_consecutive_layers_of_other_widths_are_refused(
+        self, example: Callable[..., Any], build: Callable[..., Any]
+    ) -> None:
+        given = example(size=2, student=[(4, 3), (4, 3)], teacher=[(4, 5), (4, 7)])
+        with pytest.raises(ConfigError, match="the teacher's taps are 5, 7 wide"):
+            build("text_nst", given)
+        build("text_nst", given, layers="same")
+
     def test_other_tokens_are_refused(self, example: Callable[..., Any], build: Callable[..., Any]) -> None:
         with pytest.raises(ConfigError, match="the numbers of tokens differ"):
             build("text_nst", example(student=(4, 3), teacher=(5, 3)))

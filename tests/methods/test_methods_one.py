@@ -113,3 +113,9 @@ def test_what_cannot_work_is_refused(change: str, key: str, said: str, tmp_path:
     with pytest.raises(ConfigError, match=said) as caught:
         build_it(tmp_path, TEXT, change)
     assert caught.value.problems[0].key == key and caught.value.problems[0].hint
+
+
+def test_a_batch_of_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="normalises over the samples of a batch") as caught:
+        build_it(tmp_path, TEXT.replace("batch_size: 64", "batch_size: 1"))
+    assert caught.value.problems[0].key == "data.batch_size"

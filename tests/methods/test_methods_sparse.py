@@ -40,6 +40,12 @@ def test_averaged_weights_get_the_zeros_too(tmp_path):
     assert zeros(Path(str(run))) == pytest.approx(0.8, abs=0.002)
 
 
+def test_averaged_weights_are_validated_with_their_zeros(tmp_path):
+    text = TEXT.replace("end: 0.5", "end: 0.6")
+    run = run_it(tmp_path, text, "train.ema=0.99")
+    check_shipped_is_validated(tmp_path, text, run)
+
+
 def test_zeros_come_by_the_schedule_and_stay(tmp_path):
     parts = built(tmp_path, TEXT)
     method = parts.method

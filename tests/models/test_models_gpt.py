@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdctl.errors import ConfigError
-from kdctl.models import generate
+from kdctl.models import generate, structure
 from kdctl.models.generate import continued
 from kdctl.models.record import Model, ModelRecord, build_model
 from kdctl.signals import TokenInput
@@ -107,3 +107,24 @@ def test_it_answers_for_the_vocabulary_alone() -> None:
     record = ModelRecord("gpt", {}, 2, ["a", "b"], [], tokens=TOKENS)
     with pytest.raises(ConfigError, match="which token comes next"):
         build_model(record)
+
+
+@pytest.mark.parametrize("dropped", [["layer.0"], ["layer.1"], ["layer.0", "layer.1"]])
+def test_a_net_without_some_layers_goes_on_as_it_says(
+    dropped: list[str], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = gpt()
+    for path in dropped:
+        structure.skip(model.net, path)
+    written = continued(model, tokens[:, :5], 14, None)
+    monkeypatch.setattr(generate, "_start", lambda model: None)
+    assert written.equal(continued(model, tokens[:, :5], 14, None))
+
+
+def test_tapped_attention_in_half_precision(tokens: Tensor) -> None:
+    model = gpt()
+    taps = Taps(model.net, ["layer.1.attention.softmax"])
+    with torch.autocast("cpu", torch.float16), taps.recording() as features:
+        model(tokens)
+    maps = features["layer.1.attention.softmax"]
+    assert bool(maps.isfinite().all()) and not bool(maps.triu(1).any())

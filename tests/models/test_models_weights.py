@@ -225,3 +225,9 @@ def test_a_missing_file_suggests_its_neighbour(source: nn.Module, tmp_path: Path
 def test_our_own_nets_have_no_published_weights() -> None:
     with pytest.raises(ConfigError, match="no pretrained weights"):
         load_weights(make(), "pretrained")
+
+
+def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "none.safetensors")
+    with pytest.raises(ConfigError):
+        load_weights(make(), tmp_path / "none.safetensors", {})

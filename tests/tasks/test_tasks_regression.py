@@ -40,3 +40,7 @@ def test_the_loss_is_the_sum_of_squares_of_those_with_a_number() -> None:
     assert (value.item(), int(count), int(Regression().num_labelled(batch))) == (5.0, 2, 2)
     value.backward()
     assert logits.grad is not None and logits.grad.flatten().tolist() == [2.0, 0.0, 4.0]
+
+
+def test_a_number_that_is_none_has_no_rank() -> None:
+    assert math.isnan(spearman(np.array([[math.nan], [1], [2], [3]]), np.array([4.0, 1, 2, 3])))

@@ -213,3 +213,21 @@ def test_the_order_is_part_of_a_stores_key_and_without_one_keys_stay_what_they_w
     ordered = replace(teacher.record, class_order=ORDER)
     assert differences(key(teacher.record), key(ordered)) == ["the order of the teacher's classes changed"]
     assert key(teacher.record) == key(teacher.record, class_order=None)  # as records were without one
+
+
+@pytest.mark.parametrize("loss", ["{kind: wkd_logit}", "{kind: cat_kd, taps: [layer3]}"])
+def test_a_term_on_the_rows_of_the_classifier_refuses_another_order(
+    load: Callable[..., Experiment], folder: Path, loss: str
+) -> None:
+    record = ModelRecord("digits_cnn", {"width": 4}, 10, PERMUTED, [1, 8, 8])
+    save_model(build_model(record), folder / "teacher")
+    teacher = "teacher={kind: digits_cnn, width: 4, weights: teacher.safetensors, classes: by_name, control: true}"
+    with pytest.raises(ConfigError, match="classes stand in another order"):
+        train(Plan(load(teacher, "distill=null", f"losses=[{{kind: ce}}, {loss}]"), ""), Reporter())
+
+
+def test_of_each_token_too_the_classes_are_reordered() -> None:
+    record = ModelRecord("mlp", {"hidden": [4]}, 3, ["a", "b", "c"], [1, 8, 8], class_order=[2, -1, 0])
+    said = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 6.0, 5.0], [9.0, 8.0, 7.0]]])  # (N, L, C) with L = C
+    model = Model(torch.nn.Identity(), record)
+    assert model(said).tolist() == [[[3.0, -19.0, 1.0], [5.0, -16.0, 4.0], [7.0, -13.0, 9.0]]]

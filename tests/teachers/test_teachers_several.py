@@ -21,7 +21,10 @@ from kdctl.methods.base import Term
 from kdctl.models.record import Model, ModelRecord, build_model
 from kdctl.signals import Batch, Signals
 from kdctl.taps import Taps
+from kdctl.tasks.base import Task
 from kdctl.tasks.classification import Classification
+from kdctl.tasks.multilabel import Multilabel
+from kdctl.tasks.regression import Regression
 from kdctl.teachers.ensemble import Ensemble
 from kdctl.teachers.live import LiveTeacher
 from kdctl.teachers.several import Several
@@ -274,3 +277,17 @@ def test_what_an_ensemble_is_not_asked_for_it_does_not_give(load: Callable[..., 
 def test_terms_without_a_teacher_stay_as_they_are() -> None:
     terms: list[Term] = build_terms([LossSpec(kind="ce")], 1, Component(kind="mean"), 3)
     assert not isinstance(terms[0].loss, Several)
+
+
+@pytest.mark.parametrize("kind", ["ebkd", "ca_mkd", "best"])
+@pytest.mark.parametrize("task", [Multilabel(), Regression()])
+def test_weights_by_the_one_class_of_a_sample_need_such_a_task(kind: str, task: Task) -> None:
+    models = [made("mlp", {"hidden": [4]}, seed) for seed in range(3)]
+    ensemble = Ensemble([LiveTeacher(model, task, []) for model in models[1:]])
+    (term,) = build_terms([LossSpec(kind="logit_mse")], 3, Component(kind=kind), 2)
+    batch = batch_of()
+    targets = torch.zeros(6, 10).long() if task.target == "classes" else torch.zeros(6)
+    batch = Batch(batch.inputs, targets, batch.index, batch.view)
+    with pytest.raises(ConfigError, match="of which a sample has one") as caught:
+        dry_run(models[0], ensemble, [term], task, batch, 6)
+    assert caught.value.problems[0].key == "ensemble.kind"

@@ -103,7 +103,8 @@ def test_calibration_images_are_training_images(run: runs.Run) -> None:
         )
     train = {row.tobytes() for row in (data.train.images.numpy() / np.float32(255)).astype(np.float32)}  # type: ignore[union-attr]
     assert len(images) == len(data.train) and all(image.tobytes() in train for image in images)
-    assert (labels >= 0).sum() == (data.train.targets >= 0).sum() > 0
+    count = int((data.train.targets >= 0).sum())
+    assert 0 < count < len(labels) and (labels[:count] >= 0).all() and (labels[count:] < 0).all(), "labelled ones first"
 
 
 def test_quality_is_of_the_validation_split(run: runs.Run) -> None:
@@ -187,6 +188,33 @@ def test_a_missed_gate_stops_the_stages_after_it(run: runs.Run) -> None:
     assert [d["variant"] for d in documents] == ["low_rank-0.5"] and check_gates(documents[0]) is not None
     assert [p.name for p in run.artefacts] == ["low_rank-0.5"]
     assert [s.name for s in load_run(run).products] == ["low_rank-0.5"] and run.info["status"] == "done"
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_was_made_of_a_replaced_model_goes_with_it(
+    run_it: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recipe(ratio: float, **gates: float) -> list[dict[str, Any]]:
+        first = {"kind": "low_rank", "name": "p", "keep_ratio": ratio, **gates}
+        other = {"kind": "low_rank", "name": "own", "from": "student", "keep_ratio": ratio + 0.1}
+        return [first, {"kind": "finetune", "name": "f", "epochs": 1}, other]
+
+    run = run_it()[0]
+    extend(run, *recipe(0.7))
+    before = everything(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(make, "gates", _Failing())
+        with pytest.raises(KdctlError):
+            extend(run, *recipe(0.4))
+    assert everything(run) == before, "nothing was done"
+    assert [d["variant"] for d in extend(run, *recipe(0.4, min_speedup=1000.0))] == ["p"]
+    after = everything(run)
+    assert not [name for name in after if name.startswith(("stages/f/", "artefacts/f/"))]
+    assert set(run.info["stages"]) == {"teacher", "student", "p", "own"}
+    own = {name for name in before if name.startswith(("stages/own/", "artefacts/own/"))}
+    assert len(own) > 4 and all(after[name] == before[name] for name in own), "the student, which it is of, has stayed"
+    again = with_stages(run.config, [], recipe_of_options(recipe(0.4)))
+    assert again.waiting == ["f", "own"], "a finetune of the model before was taken for one of this"
 
 
 @pytest.mark.usefixtures("quick")

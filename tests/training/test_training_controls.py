@@ -157,6 +157,18 @@ def test_the_student_of_a_shuffled_teacher_gets_the_shuffled_answers(experiment:
     assert torch.equal(other.members[0](batch).logits, plain.teacher(batch).logits)  # what is checked and stored
 
 
+@pytest.mark.parametrize(
+    ("method", "kept"),
+    [("{kind: sparse, sparsity: 0.5}", "sparse"), ("{kind: qat}", "qat"), ("{kind: simkd}", "distill")],
+)
+def test_the_baseline_computes_with_what_the_student_computes_with(
+    experiment: Callable[..., Experiment], method: str, kept: str
+) -> None:
+    """Against one that is neither pruned nor rounded it would show what these cost, not what a teacher gives."""
+    alone = control(experiment(f"method={method}"))
+    assert alone.student_stage.method.kind == kept and not alone.student_stage.teachers
+
+
 # ------------------------------------------------------------------------------------------------------- a whole group
 
 

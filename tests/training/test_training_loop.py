@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 import torch
 from pytest import approx
 
-from kdctl import checkpoint, clock, evaluate, summary
+from kdctl import cache, checkpoint, clock, device, evaluate, summary
 from kdctl.clock import Clock
 from kdctl.config.schema import Experiment
 from kdctl.errors import DivergedError, KdctlError, OutOfMemoryError
 from kdctl.experiment import Plan, load_run, resume, train
+from kdctl.probe import choose
 from kdctl.runs import Run
 from kdctl.smoke import smoke
 from kdctl.step import Step
@@ -184,6 +186,16 @@ def test_a_smoke_test_leaves_no_store(folder: Path, experiment: Callable[..., Ex
     assert not (folder / "store").exists()
 
 
+def test_a_smoke_test_takes_two_steps_of_each_stage(experiment: Callable[..., Experiment]) -> None:
+    class Counting(Reporter):
+        def step(self, stage: str, epoch: int, epochs: int, step: int, steps: int) -> None:
+            counted[stage] = counted.get(stage, 0) + 1
+
+    counted: dict[str, int] = {}
+    smoke(experiment("teacher.train.data={batch_size: 16}", "data.batch_size=64"), Counting())
+    assert counted == {"teacher": 2, "student": 2}
+
+
 def test_a_store_that_cannot_be_written_says_where_and_costs_no_finished_run(
     run_it: Callable[..., tuple[Run, dict[str, Any]]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,3 +221,24 @@ def test_images_that_are_not_augmented_are_asked_for_once(run_it: Callable[..., 
     assert document["status"] == "done"
     turns = {path.name.split(".")[1] for path in Path("store").glob("train.*")}
     assert turns == {"0"}
+
+
+def test_filling_a_store_before_the_first_step_counts(
+    run_it: Callable[..., tuple[Run, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else as much time without a teacher would be too little."""
+    monkeypatch.setattr(cache, "fill_before", lambda *_: time.sleep(0.5))
+    run, _ = run_it("train.epochs=1", "teacher_cache={store: logits, fill: before}")
+    own = [line for line in run.metrics() if line["stage"] == "student"]
+    trained = sum(line["seconds"] + line["eval_seconds"] for line in own)
+    assert run.info["seconds"]["student"] >= trained + 0.5 and run.info["filling"].keys() == {"student"}
+
+
+def test_half_precision_while_no_term_has_a_weight(
+    experiment: Callable[..., Experiment], run_it: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "check_precision", lambda *_: None)  # which refuses fp16 on a CPU
+    monkeypatch.setattr(device, "check_precision", lambda *_: None)
+    weights = ["distill=null", "losses=[{kind: kd, weight: {0: 0, 1: 1}}]", "teacher.train.epochs=1"]
+    run, _ = run_it("train.precision=fp16", "train.layout=contiguous", *weights)
+    assert [line["loss"] > 0 for line in run.metrics() if line["stage"] == "student"] == [True, True]

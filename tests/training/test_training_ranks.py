@@ -279,3 +279,30 @@ def test_a_process_that_does_not_see_the_run_says_so(folder: Path, monkeypatch: 
     monkeypatch.setattr(Ranks, "told", lambda self, value=None: order)
     with pytest.raises(MissingError, match="does not see the run directory"):
         follow()
+
+
+TEXTS = """
+name: texts
+task: {kind: text_classification}
+data: {kind: text, root: ., max_length: 12, vocab_size: 60, val_fraction: 0.2, batch_size: 8}
+student: {kind: bert, depth: 1, width: 16, heads: 2, dropout: 0}
+teacher: {kind: bert, depth: 1, width: 24, heads: 2, control: true}
+losses: [{kind: ce}, {kind: dist, weight: 1}]
+optimizer: {kind: sgd, lr: 0.01}
+train: {epochs: 1, device: cpu, threads: 1, precision: fp32, layout: contiguous}
+"""
+
+
+def test_texts_of_other_lengths_are_compared_across_processes(folder: Path) -> None:
+    """Each process pads to the longest of its own texts, and a term on the whole batch gathers them."""
+    pytest.importorskip("tokenizers")
+    rows = [f"{' '.join('ab' * (n % 7 + 1))}\t{n % 2}" for n in range(60)]
+    (folder / "train.tsv").write_text("\n".join(["text\tlabel", *rows]))
+    (folder / "texts.yaml").write_text(TEXTS)
+    found = []
+    for processes in ("1", "2"):
+        command = [sys.executable, "-m", "kdctl", "train", "texts.yaml", "--nproc", processes, "--json"]
+        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+        assert ended.returncode == 0, ended.stderr
+        found.append(lines(Run(folder / json.loads(ended.stdout)["run"]))[0])
+    assert found[0]["terms"] == pytest.approx(found[1]["terms"], abs=1e-4)
