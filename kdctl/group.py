@@ -161,13 +161,14 @@ def _against(student: Sequence[float | None], baseline: Sequence[float | None] |
 
 
 def _control(role: str, seeds: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """A control beside the student and the baseline, by the task's metric."""
+    """A control beside the student and the baseline, by the task's metric; nothing where a run has no number."""
     values = [row["controls"][role]["test"][metric] for row in seeds]
-    gain = stats.paired([row["student"]["test"][metric] for row in seeds], values)
-    against = stats.paired(values, [row["baseline"]["test"][metric] for row in seeds])
-    return {
-        "what": CONTROLS[role].what,
-        "placebo": CONTROLS[role].placebo,
+    students, baselines = ([row[who]["test"][metric] for row in seeds] for who in ("student", "baseline"))
+    about = {"what": CONTROLS[role].what, "placebo": CONTROLS[role].placebo}
+    if None in (*values, *students, *baselines):
+        return about | {"values": None, "gain": None, "against_baseline": None, "verdict": _no_number(metric)}
+    gain, against = stats.paired(students, values), stats.paired(values, baselines)
+    return about | {
         "values": stats.interval(values).as_dict(),
         "gain": gain.as_dict(),
         "against_baseline": against.as_dict(),
@@ -187,10 +188,16 @@ def state(summary: Mapping[str, Any], split: str = "test") -> list[str]:
     """
     if "gain" not in summary:
         return ["no control was run: --with-baseline trains the same student without its teacher"]
+    if summary["gain"] is None:
+        return [_no_number(summary["metric"])]
     gain = _result(summary["gain"])
     claim, others = stats.verdict(gain), []
     doubts = []
     for role, control in summary["controls"].items():
+        if control["gain"] is None:
+            others.append(f"against {role}: {control['verdict']}")
+            doubts += [role] if stats.is_gain(gain) else []
+            continue
         over, against = _result(control["gain"]), _result(control["against_baseline"])
         if control["placebo"]:
             others.append(f"placebo {role} against the baseline: {stats.verdict(against)}")
@@ -208,12 +215,16 @@ def state(summary: Mapping[str, Any], split: str = "test") -> list[str]:
     return [claim, *others]
 
 
+def _no_number(metric: str) -> str:
+    return f"nothing is shown: {metric} has no value in some run"
+
+
 def why_no_gain(summary: Mapping[str, Any], teacher: float | None, share: float | None) -> list[str]:
     """Where no gain was shown, what the runs themselves say of why, each with what to try.
 
     teacher: its metric, in the units of the summary; share: of the gradient, in percent, that came from it.
     """
-    if "gain" not in summary or stats.is_gain(_result(summary["gain"])):
+    if summary.get("gain") is None or stats.is_gain(_result(summary["gain"])):
         return []
     reasons, metric, alone = [], summary["metric"], summary["baseline"]["mean"]
     if teacher is not None and teacher <= alone:

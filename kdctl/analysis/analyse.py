@@ -64,8 +64,12 @@ def _is_fresh(path: Path, weights: Path, timed: bool, taught: bool) -> bool:
     """Whether a file is newer than the student and, where that is asked, holds latencies, and the teacher's costs."""
     if not path.is_file() or path.stat().st_mtime_ns < weights.stat().st_mtime_ns:
         return False
-    models = runs.read_json(path)["models"] if timed or taught else {}
-    return (not timed or bool(models["student"]["rows"])) and (not taught or models["teacher"] is not None)
+    try:
+        document = runs.read_json(path)
+        models = document["models"] if timed or taught else {}
+        return (not timed or bool(models["student"]["rows"])) and (not taught or models["teacher"] is not None)
+    except (MissingError, KeyError, TypeError):  # damaged
+        return False
 
 
 class _Found:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kdctl.analysis.samples import some_of
 from kdctl.data.base import Split
 from kdctl.data.loader import clean_batches
 from kdctl.errors import ConfigError, counted
@@ -44,10 +45,10 @@ def layer_similarity(
     sizes = [feature_bytes(net, own, samples) for net, own in zip(nets, taps, strict=True)]
     if not all(taps):
         raise ConfigError("layers cannot be compared: no layer of a net gives a tensor with a row a sample")
-    count = min(len(samples), budget // max(max(own) for own in sizes))
+    rows = some_of(samples, budget // max(max(own) for own in sizes))  # fewer samples: each class in its proportion
+    count = len(rows)
     if count < _LEAST:
         raise ConfigError(f"layers cannot be compared with {counted(count, 'sample')}: it takes {_LEAST}")
-    rows = samples.subset(torch.arange(count))
     centred = [
         [gram for group in grouped(own, size, budget // count) for gram in _centred_grams(net, group, rows)]
         for net, own, size in zip(nets, taps, sizes, strict=True)

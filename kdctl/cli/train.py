@@ -131,18 +131,17 @@ def _show_group(document: dict[str, Any]) -> None:
     for row in document["seeds"]:
         value = row["student"]["test"][metric]
         base = row["baseline"]["test"][metric] if row["baseline"] else None
-        gain = None if base is None else f"{value - base:+.2f}"
-        more = [f"{row['controls'][name]['test'][metric]:.2f}" for name in others]
-        rows.append(
-            [str(row["seed"]), f"{value:.2f}", None if base is None else f"{base:.2f}", gain, *more, row["run"]]
-        )
+        gain = None if None in (value, base) else f"{value - base:+.2f}"
+        more = [_number(row["controls"][name]["test"][metric], 2) for name in others]
+        rows.append([str(row["seed"]), _number(value, 2), _number(base, 2), gain, *more, row["run"]])
     console.print_table(["seed", f"student {metric}", "baseline", "gain", *others, "run"], rows)
     for who in ("student", "baseline", "gain"):
-        if who in summary:
+        if summary.get(who):
             console.out(f"{who:<8} {_interval(summary[who])}")
     teacher = document["teacher"]
     if teacher:
-        console.out(f"teacher  {next(v for k, v in teacher.items() if k not in ('kind', 'parameters'))[metric]:.2f}")
+        measured = next(v for k, v in teacher.items() if k not in ("kind", "parameters"))
+        console.out(f"teacher  {_number(measured[metric], 2)}")
     console.out(f"verdict: {document['verdict']}")
     for statement in document["statements"][1:]:
         console.out(statement)

@@ -99,8 +99,8 @@ class MLflow(Logger):
 
 
 def _allowed(name: str) -> str:
-    """The name with what MLflow takes in names."""
-    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:_NAME]
+    """The name with what MLflow takes in names; another sign by its number, so that no two names become one."""
+    return re.sub(r"[^\w\-. :/]", lambda sign: f"_{ord(sign[0]):x}", name, flags=re.ASCII)[:_NAME]
 
 
 def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:

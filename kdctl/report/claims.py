@@ -73,8 +73,8 @@ def _side_of_run(facts: Facts, run: RunFacts) -> Side:
 
 
 def _latency(cost: Document) -> Any:
-    rows = [row for row in cost.get("rows") or [] if row.get("batch") == 1]
-    return min(rows, key=lambda row: row.get("threads", 1)).get("p50_ms") if rows else None
+    rows = [row for row in cost.get("rows") or [] if (row.get("batch"), row.get("threads", 1)) == (1, 1)]
+    return rows[0].get("p50_ms") if rows else None
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
@@ -108,7 +108,7 @@ def summary(facts: Facts) -> Section:
         caption += Markup(" of {} labelled samples").format(n.count(facts.lead.evaluation["samples"]))
     several = any(side.intervals for side in models)
     note = "Square brackets: 95 % interval of the mean over the seeds. " if several else ""
-    note += f"Last epoch, agreement, size and costs: of seed {facts.lead.seed}. " if several else ""
+    note += f"Last epoch, artefacts, agreement, size and costs: of seed {facts.lead.seed}. " if several else ""
     note += "Latency: median of one image on one thread. A dash: not measured."
     section.blocks.append(Table(caption, [*head, "MACs", "latency"], rows, note))
     if any(side.latency is None for side in models):
@@ -210,7 +210,7 @@ def _seed_table(facts: Facts, names: list[str]) -> Table:
     rows: list[list[Cell]] = []
     for row in facts.seeds:
         values = {name: value_of(row, name, metric) for name in [STUDENT, *names]}
-        cells: list[Cell] = [n.count(row["seed"]), *(n.metric(metric, value) for value in values.values())]
+        cells: list[Cell] = [n.name(row["seed"]), *(n.metric(metric, value) for value in values.values())]
         if BASELINE in names:
             cells.append(n.difference(metric, values[STUDENT], values[BASELINE]))
         rows.append(cells)

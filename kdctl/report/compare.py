@@ -22,7 +22,7 @@ COSTS = ("bytes", "latency_ms")
 """What quality is held against on a front."""
 _TRAINING_ONLY = {
     "batch_size", "eval_batch_size", "augment", "strong_augment", "views", "augment_seed", "labels_per_class", "limit",
-    "transfer", "expand", "workers", "root", "path",
+    "transfer", "expand", "workers", "root", "path", "download",
 }  # fmt: skip
 """Keys of `data:` that change neither what is measured on nor how; where files lie is no matter."""
 
@@ -224,12 +224,22 @@ def _fronts(rows: list[Document], alike: list[Document]) -> dict[str, list[str]]
         row["pareto"] = dict.fromkeys(COSTS)
     fronts = {}
     for cost in COSTS:
-        placed = [(row, row["value"]["mean"], row[cost]) for row in alike if row[cost] is not None]
-        for row, quality, price in placed:
-            beaten = any(q >= quality and p <= price and (q, p) != (quality, price) for _, q, p in placed)
-            row["pareto"][cost] = not beaten
-        fronts[cost] = [row["what"] for row, _, _ in placed if row["pareto"][cost]]
+        placed = [row for row in alike if row[cost] is not None]
+        for row in placed:
+            row["pareto"][cost] = not any(_beats(other, row, cost) for other in placed)
+        fronts[cost] = [row["what"] for row in placed if row["pareto"][cost]]
     return fronts
+
+
+def _beats(row: Document, other: Document, cost: str) -> bool:
+    """Whether a row is no worse than another in quality and cost, and better in one: over the seeds that both have,
+    where they are of one group, for an artefact has a single one."""
+    common = [seed for seed in row["values"] if seed in other["values"]] if row["scope"] == other["scope"] else []
+    mine, its = (
+        stats.interval([one["values"][seed] for seed in common]).mean if common else one["value"]["mean"]
+        for one in (row, other)
+    )
+    return mine >= its and row[cost] <= other[cost] and (mine, row[cost]) != (its, other[cost])
 
 
 def _about_noise(rows: list[Document]) -> list[str]:

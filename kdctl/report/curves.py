@@ -30,7 +30,7 @@ def curves(facts: Facts) -> Section:
     section.blocks.append(_stage_table(facts.lead))
     control = facts.control()
     if len(facts.members) > 1:
-        section.blocks.append(Prose(Markup("Curves of seed {}.").format(n.count(facts.lead.seed)), "note"))
+        section.blocks.append(Prose(Markup("Curves of seed {}.").format(n.name(facts.lead.seed)), "note"))
     for number, stage in enumerate(facts.lead.trained_stages):
         section.blocks.append(Prose(Markup("Stage {}").format(said(stage)), "heading"))
         section.blocks.append(Figures(_of_stage(facts, stage, f"stage{number}", control)))

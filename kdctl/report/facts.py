@@ -35,10 +35,14 @@ class RunFacts:
         if not path.exists():
             return None
         try:
-            return runs.read_json(path)
+            document = runs.read_json(path)
         except MissingError as error:
             self.notes.append(str(error))
             return None
+        if not isinstance(document, dict):
+            self.notes.append(f"{path}: the file is damaged: it holds no map")
+            return None
+        return document
 
     @property
     def name(self) -> str:
@@ -100,17 +104,24 @@ class RunFacts:
         return self.read(f"analysis/{name}.json") or {}
 
     @property
+    def of_texts(self) -> bool:
+        """Whether the student reads texts, not images."""
+        return bool((self.read("student.json") or {}).get("tokens"))
+
+    @property
     def lacking(self) -> list[str]:
-        """The analyses that are not there, older than the student, or made while the teacher was away; layers are
-        compared where there is a teacher."""
+        """The analyses that are not there, damaged, older than the student, or made while the teacher was away; layers
+        are compared where there is a teacher, and corruptions are of images."""
         weights = self.run / "student.safetensors"
         if not weights.is_file():
             return []
-        wanted = [name for name in ANALYSES if name != "cka" or self.summary.get("teacher")]
+        unfit = {"cka": not self.summary.get("teacher"), "robustness": self.of_texts}
+        wanted = [name for name in ANALYSES if not unfit.get(name)]
         paths = {name: self.run / "analysis" / f"{name}.json" for name in wanted}
         made = weights.stat().st_mtime_ns
-        old = [name for name, path in paths.items() if not path.is_file() or path.stat().st_mtime_ns < made]
-        whole = "cost" in old or not self.summary.get("teacher") or self.analysis("cost")["models"].get("teacher")
+        old = [name for name, path in paths.items() if not self.analysis(name) or path.stat().st_mtime_ns < made]
+        models = self.analysis("cost").get("models") or {}
+        whole = "cost" in old or not self.summary.get("teacher") or models.get("teacher")
         return old if whole else [*old, "cost"]
 
     @property

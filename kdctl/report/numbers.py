@@ -46,6 +46,11 @@ def is_number(value: object) -> TypeGuard[Number]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def name(value: Number | None) -> Markup:
+    """A number that is a name, such as a seed: without marks between its digits."""
+    return shown(value, str)
+
+
 # ----------------------------------------------------------------------------------------------------- texts of numbers
 
 

@@ -49,7 +49,7 @@ def origin(facts: Facts) -> Section:
 def _runs(facts: Facts) -> Table:
     rows: list[list[Cell]] = [
         [
-            said(member.run), label(member.name), n.count(member.seed), str(member.info["status"]),
+            said(member.run), label(member.name), n.name(member.seed), str(member.info["status"]),
             said(str(member.info["created"])[:19]),
         ]
         for member in facts.members

@@ -33,6 +33,11 @@ def look_of(name: str, others: int = 0) -> int:
     return ROLES.index(name) if name in ROLES else 3 + others % 3
 
 
+def _shown(name: str) -> str:
+    """A name for the legend, which leaves out those that begin with an underscore."""
+    return f"\u200b{name}" if name.startswith("_") else name
+
+
 def lines(
     key: str, title: str, series: Sequence[Series], x: str, y: str, description: str, log: bool = False,
     whole: bool = True,
@@ -42,7 +47,7 @@ def lines(
         for one in series:
             axes.plot(
                 one.xs, one.ys, color=SERIES[one.look], linestyle=DASHES[one.look], marker=MARKERS[one.look],
-                markevery=max(1, len(one.xs) // _MOST_MARKERS), label=one.name,
+                markevery=max(1, len(one.xs) // _MOST_MARKERS), label=_shown(one.name),
             )  # fmt: skip
         if log:
             _powers(axes, "y")

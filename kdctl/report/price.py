@@ -157,7 +157,7 @@ def _front(facts: Facts, what: str, text: Callable[[Any], str]) -> Figure | None
     metric, points = facts.primary, []
     for side in sides(facts):
         x = side.latency if what == "latency" else side.cost.get("bytes")
-        y = side.intervals[metric]["mean"] if metric in side.intervals else side.metrics.get(metric)
+        y = side.metrics.get(metric)  # of the seed that artefacts and costs are of, not the mean over all
         if n.is_number(x) and n.is_number(y):
             points.append({"name": "control" if side.name == BASELINE else side.name, "x": float(x), "y": y})
     if len(points) < 2:
@@ -168,7 +168,7 @@ def _front(facts: Facts, what: str, text: Callable[[Any], str]) -> Figure | None
         f"{p['name']}: {p['y']:.2f} at {text(p['x'])}" + (" (front)" if p["front"] else "") for p in points
     )
     unit = "bytes" if what == "bytes" else "ms for one image"
-    title = f"Quality against {what}"
+    title = f"Quality against {what}" + (f", seed {facts.lead.seed}" if len(facts.members) > 1 else "")
     drawn = plots.scatter(f"front-{what}", title, points, unit, unit_of(metric), f"{title}. {told}.")
     names = Markup(", ").join(said(p["name"]) for p in best)
     return Figure(drawn, Markup("{}. The front, on which nothing else is better in both: {}.").format(title, names))

@@ -30,7 +30,7 @@ def _of_seed(facts: Facts) -> list[Block]:
     """Says of which seed a section is, where there are several."""
     if len(facts.members) < 2:
         return []
-    return [Prose(Markup("Of seed {}, best checkpoint.").format(n.count(facts.lead.seed)), "note")]
+    return [Prose(Markup("Of seed {}, best checkpoint.").format(n.name(facts.lead.seed)), "note")]
 
 
 # ------------------------------------------------------------------------------------------------------------ fidelity
@@ -62,7 +62,7 @@ def fidelity(facts: Facts) -> Section:
     head: list[Cell] = ["", "teacher right", "teacher wrong"]
     section.blocks.append(Table("Who is right, % of the labelled samples", head, quadrants))
     rows = [
-        [n.count(row["seed"]), n.percent(row["student"].get("agreement")), _control_agreement(row)]
+        [n.name(row["seed"]), n.percent(row["student"].get("agreement")), _control_agreement(row)]
         for row in facts.seeds
     ]
     if len(rows) > 1:
@@ -256,9 +256,11 @@ def _confusions(evaluation: Document, names: Sequence[str]) -> list[Block]:
 
 def _confusion_heat(who: str, matrix: Any, shares: list[list[float]], names: Sequence[str]) -> Figure:
     diagonal = [row[i] for i, row in enumerate(shares)]
-    worst = min(range(len(diagonal)), key=diagonal.__getitem__)
-    text = f"Confusions of the {who} over {len(matrix)} classes; the least share on the diagonal is that of "
-    text += f"{names[worst]}, {100 * diagonal[worst]:.1f} %."
+    there = [i for i, row in enumerate(matrix) if sum(row)]  # a class without samples is not the worst
+    text = f"Confusions of the {who} over {len(matrix)} classes"
+    if there:
+        worst = min(there, key=diagonal.__getitem__)
+        text += f"; the least share on the diagonal is that of {names[worst]}, {100 * diagonal[worst]:.1f} %."
     title = f"Confusions of the {who}"
     few = list(names) if len(names) <= _MATRIX_NUMBERS else []
     drawn = plots.heat(f"confusion-{who}", title, shares, few, few, "chosen class", "true class", text)
@@ -269,16 +271,18 @@ def _confusion_heat(who: str, matrix: Any, shares: list[list[float]], names: Seq
 
 
 def robustness(facts: Facts, command: str) -> Section:
-    """Top-1 under corruptions of growing severity."""
+    """The primary metric under corruptions of growing severity."""
     section = Section("robustness", "Robustness")
-    known = facts.lead.analysis("robustness")
+    known, metric = facts.lead.analysis("robustness"), n.unit_of(facts.primary)
+    if facts.lead.of_texts:
+        return section.missing("Its corruptions are of images, and the data are texts")
     if not known.get("rows"):
         return section.missing("Robustness is not measured", command)
     control = facts.control()
     without = {_place(row): row for row in (control.analysis("robustness") if control else {}).get("rows", [])}
     section.blocks += _of_seed(facts)
     kinds = [kind for kind in dict.fromkeys(row["corruption"] for row in known["rows"]) if kind != "none"]
-    section.blocks.append(Figures([_corruption(kind, known["rows"], without) for kind in kinds]))
+    section.blocks.append(Figures([_corruption(kind, known["rows"], without, metric) for kind in kinds]))
     rows: list[list[Cell]] = [
         [
             str(row["corruption"]), n.count(row["severity"]), n.shown(row.get("level"), lambda v: f"{v:.3g}"),
@@ -287,7 +291,8 @@ def robustness(facts: Facts, command: str) -> Section:
         ]
         for row in known["rows"]
     ]  # fmt: skip
-    caption = Markup("Top-1 on {} samples of the {} split, %").format(n.count(known.get("samples")), known.get("split"))
+    place = (metric[0].upper() + metric[1:], n.count(known.get("samples")), known.get("split"))
+    caption = Markup("{} on {} samples of the {} split").format(*place)
     head: list[Cell] = ["corruption", "severity", "level", "student", label(BASELINE), "teacher"]
     note = "Level: standard deviation of noise, radius of blur in pixels, factor of contrast."
     section.blocks.append(Table(caption, head, rows, note, tall=True))
@@ -298,7 +303,7 @@ def _place(row: Document) -> tuple[str, int]:
     return str(row["corruption"]), int(row["severity"])
 
 
-def _corruption(kind: str, rows: Sequence[Document], without: dict[tuple[str, int], Document]) -> Figure:
+def _corruption(kind: str, rows: Sequence[Document], without: dict[tuple[str, int], Document], metric: str) -> Figure:
     mine = sorted((row for row in rows if row["corruption"] in (kind, "none")), key=lambda row: row["severity"])
     columns = {
         "student": [row.get("student") for row in mine],
@@ -312,9 +317,9 @@ def _corruption(kind: str, rows: Sequence[Document], without: dict[tuple[str, in
             xs, ys = [x for x, _ in points], [float(v) for _, v in points if v is not None]
             series.append(Series(label(name), xs, ys, plots.look_of(name)))
             told.append(f"{label(name)} from {ys[0]:.1f} to {ys[-1]:.1f}")
-    text = f"Top-1 under {kind}, severity 0 to 5: " + "; ".join(told) + "."
-    drawn = plots.lines(f"robust-{kind}", f"Under {kind}", series, "severity", "top-1, %", text)
-    return Figure(drawn, f"Top-1 under {kind} of growing severity; 0: as it is.")
+    text = f"{metric} under {kind}, severity 0 to 5: " + "; ".join(told) + "."
+    drawn = plots.lines(f"robust-{kind}", f"Under {kind}", series, "severity", metric, text)
+    return Figure(drawn, Markup("{} under {} of growing severity; 0: as it is.").format(metric, kind))
 
 
 def layers(facts: Facts, command: str) -> Section:

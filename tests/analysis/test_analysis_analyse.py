@@ -94,6 +94,13 @@ def test_without_its_teacher(trained: Path, run: runs.Run, look: Any) -> None:
     assert sum("foreign.safetensors" in text for text in said) == 3
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_file_is_not_taken_for_a_fresh_one(text: str, tmp_path: Path) -> None:
+    (tmp_path / "weights").touch()
+    (tmp_path / "cost.json").write_text(text)
+    assert not analysing._is_fresh(tmp_path / "cost.json", tmp_path / "weights", timed=False, taught=True)
+
+
 def test_without_its_data(run: runs.Run, look: Any) -> None:
     nowhere = load_experiment(run.config, ["data.kind=npz", "data.path=nowhere.npz"], require_files=False).experiment
     found, said = look(experiment=nowhere)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kdctl.analysis import cka as module
 from kdctl.analysis.cka import alignment, choose_taps, feature_bytes, gram, grouped, layer_similarity, u_centred
 from kdctl.data.base import ArraySplit
 from kdctl.errors import ConfigError
@@ -141,3 +142,21 @@ def test_similarity_of_two_nets_however_little_memory() -> None:
     assert np.diag(same) == pytest.approx(1, abs=1e-5) and np.allclose(same, np.transpose(same), atol=1e-6)
     with pytest.raises(ConfigError, match="cannot be compared with 3 samples"):
         layer_similarity(one, other, some, budget=largest * 3)
+
+
+def test_fewer_samples_are_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of images lie class after class."""
+    shape = [1, 8, 8]
+    one, images = model("digits_cnn", shape, width=4), samples(shape, 200)
+    ordered = ArraySplit(images.images, torch.arange(200) // 20)
+    taps = ["layer1", "layer2", "layer3", "fc"]
+    seen: list[int] = []
+    real = module._centred_grams
+
+    def look(net: Model, group: list[str], rows: ArraySplit) -> Any:
+        seen.extend(rows.targets.tolist())
+        return real(net, group, rows)
+
+    monkeypatch.setattr(module, "_centred_grams", look)
+    assert layer_similarity(one, one, ordered, budget=max(feature_bytes(one, taps, images)) * 20)[3] == 20
+    assert set(seen) == set(range(10))

@@ -134,6 +134,15 @@ def test_artefacts_are_rows_and_fronts_are_exact():
     assert alone["value"]["mean"] == 89.0
 
 
+def test_a_front_holds_an_artefact_against_its_own_seed(group):
+    """An artefact is of one seed: against the mean of all it would be better or worse by the luck of the draw."""
+    artefact(Path("runs/g/001"), "int8", MAIN[0] + 0.5, 40, 1.0)
+    assert MAIN[0] + 0.5 < sum(MAIN) / 3
+    rows = by_name(compare(["g"]))
+    assert rows["runs/g/groups/001/artefacts/int8"]["pareto"]["bytes"]
+    assert not rows["runs/g/groups/001"]["pareto"]["bytes"]
+
+
 def test_latency_is_that_of_bench_with_the_fewest_threads():
     run = make("a/001", 90.0)
     rows = [
@@ -238,3 +247,12 @@ def test_texts_escape_what_names_hold():
     page = compare_text.page(document)
     assert "a|&lt;b&gt;" in page and "<b>" not in page
     assert "http" not in page and "<script" not in page
+
+
+def test_where_data_come_from_is_no_difference():
+    make("a/001", 90.0)
+    make("b/001", 91.0)
+    for name, more in (("a", "kind: cifar10\n  root: /x\n  download: true"), ("b", "kind: cifar10\n  root: /y")):
+        config = Path(f"runs/{name}/001/config.yaml")
+        config.write_text(config.read_text().replace("kind: digits", more, 1))
+    assert compare(["a", "b"])["rows"][1]["against_baseline"] is not None

@@ -57,3 +57,7 @@ def test_front():
 
     points = [point("a", 1, 1), point("b", 2, 2), point("c", 2, 1), point("d", 3, 2), point("twin", 1, 1)]
     assert [p["name"] for p in front(points) if p["front"]] == ["a", "b", "twin"]
+
+
+def test_a_seed_is_a_name():
+    assert ">2024<" in n.name(2024)

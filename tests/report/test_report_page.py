@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,10 +16,10 @@ from typing import Any
 import pytest
 from made_runs import CONTROLS, make_group, make_run, write
 
-from kdctl.report import claims, origin, quality
+from kdctl.report import claims, origin, plots, quality
 from kdctl.report.blocks import Figures, Matrix, Table
 from kdctl.report.compare import compare
-from kdctl.report.facts import collect
+from kdctl.report.facts import RunFacts, collect
 from kdctl.report.page import render, write_report
 from kdctl.report.side_by_side import comparison
 from kdctl.runs import Run
@@ -349,6 +350,17 @@ def test_a_damaged_or_missing_file_is_noted(tmp_path: Path) -> None:
     assert "cka.json: the file is damaged" in str(origin.limits(facts, []).blocks)
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", "{}"])
+def test_a_damaged_analysis_is_measured_anew(tmp_path: Path, text: str) -> None:
+    run = make_run(tmp_path / "runs")
+    (run / "student.safetensors").touch()
+    for name in ("cka", "robustness", "cost"):
+        os.utime(run / f"analysis/{name}.json")
+    assert RunFacts(run).lacking == []
+    (run / "analysis/cost.json").write_text(text)
+    assert RunFacts(run).lacking == ["cost"]
+
+
 @pytest.mark.parametrize(("size", "tables", "heats"), [(20, 2, 0), (60, 0, 2), (101, 0, 0)])
 def test_confusions_by_the_number_of_classes(tmp_path: Path, size: int, tables: int, heats: int) -> None:
     run = make_run(tmp_path / "runs", classes=[f"class {i}" for i in range(size)])
@@ -359,6 +371,30 @@ def test_confusions_by_the_number_of_classes(tmp_path: Path, size: int, tables: 
     captions = [str(block.caption) for block in blocks if isinstance(block, Table)]
     assert ("The 20 worst of 101 classes of the student" in captions) is (size == 101)
     assert "What the student confuses most" in captions
+
+
+def test_texts_have_no_corruptions(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    for name in ("cka", "cost"):
+        os.utime(run / f"analysis/{name}.json")
+    (run / "analysis/robustness.json").unlink()
+    assert RunFacts(run).lacking == ["robustness"]
+    write(run / "student.json", {"tokens": {"vocab_size": 9}})
+    assert RunFacts(run).lacking == []
+    assert "corruptions are of images" in str(quality.robustness(collect([run]), "").blocks)
+
+
+def test_a_class_without_samples_is_not_the_worst(tmp_path: Path) -> None:
+    matrix = [[0] * 25, *([0] * i + [5] + [0] * (24 - i) for i in range(1, 25))]
+    matrix[7][3] = 20
+    shares = [[v / max(1, sum(row)) for v in row] for row in matrix]
+    figure = quality._confusion_heat("student", matrix, shares, list(map(str, range(25))))
+    assert "that of 7, 20.0 %" in str(figure.svg)
+
+
+def test_names_that_a_legend_would_leave_out() -> None:
+    series = [plots.Series("_mine", [1, 2], [1.0, 2.0], 0), plots.Series("kd", [1, 2], [2.0, 1.0], 1)]
+    assert "_mine" in str(plots.lines("x", "t", series, "x", "y", "d"))
 
 
 # --------------------------------------------------------------------------------------------------------- several runs

@@ -13,11 +13,12 @@ import torch
 
 from kdctl import build, runs
 from kdctl.cli import app
+from kdctl.cli.train import _show_group
 from kdctl.config.schema import Experiment, TapPair
 from kdctl.control import CONTROLS, Made, control, parse_controls
 from kdctl.errors import ConfigError, UsageError
 from kdctl.experiment import Plan, load_run, resume, train
-from kdctl.group import _teachers_share, state, why_no_gain
+from kdctl.group import _control, _teachers_share, state, why_no_gain
 from kdctl.models.record import load_model
 from kdctl.signals import Batch, Signals
 from kdctl.teachers.shuffled import ShuffledTeacher
@@ -354,3 +355,20 @@ def test_without_a_control_nothing_is_claimed() -> None:
     assert state({"controls": {}}) == [
         "no control was run: --with-baseline trains the same student without its teacher"
     ]
+
+
+def test_a_run_without_a_number_shows_nothing() -> None:
+    """Spearman or mAP of a split may have no value, and then no interval has one."""
+    rows = [{"student": {"test": {"map": 3.0}}, "baseline": {"test": {"map": None}},
+             "controls": {"self": {"test": {"map": 2.0}}}}]  # fmt: skip
+    control = _control("self", rows, "map")
+    assert control["gain"] is None and control["verdict"] == "nothing is shown: map has no value in some run"
+    assert state({"metric": "map", "gain": None, "controls": {"self": control}}) == [control["verdict"]]
+    claim, other = state({"metric": "map", "gain": GAIN, "controls": {"self": control}})
+    assert claim.endswith("see self") and other == f"against self: {control['verdict']}"
+    assert why_no_gain({"metric": "map", "gain": None}, 1.0, 1.0) == []
+    _show_group({
+        "summary": {"metric": "map", "student": None, "baseline": None, "gain": None, "controls": {"self": control}},
+        "seeds": [row | {"seed": 0, "run": "x"} for row in rows], "teacher": {"kind": "a", "test": {"map": None}},
+        "verdict": claim, "statements": [claim], "group": "g",
+    })  # fmt: skip

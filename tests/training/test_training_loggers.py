@@ -17,6 +17,7 @@ from kdctl.config.schema import Experiment
 from kdctl.errors import MissingError
 from kdctl.experiment import Plan, resume, train
 from kdctl.extension import extend
+from kdctl.loggers.mlflow import _allowed
 from kdctl.watch import Reporter
 
 RECORDER = '''
@@ -107,3 +108,8 @@ def test_a_finetune_of_a_finished_run_is_told(
     for stage in ({"kind": "finetune", "epochs": 1}, {"kind": "low_rank"}):
         extend(run, with_stages(run.config, [], recipe_of_options([stage])), Reporter())
     assert [row[:4] for row in recorded()[before:]] == [["001 main", "finetune", 1, 3], ["001 main", "finish", "done"]]
+
+
+def test_names_of_other_scripts_stay_apart_in_mlflow() -> None:
+    names = [_allowed(f"student/terms/{sign}") for sign in "αβ_"]
+    assert len(set(names)) == 3 and all(name.isascii() for name in names)
