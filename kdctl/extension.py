@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kdctl import build, runs
@@ -35,8 +36,9 @@ def extend(run: Run, more: Extended, reporter: Reporter, measured: Yardstick | N
 
     The run's config.yaml names them from the start, so that `kdctl resume` takes up what a signal stops. Where anything
     else goes wrong, the run forgets the stages that are not done, with all that they have left; finished ones stay.
+    What the others were to replace is back, unless it was made of a model that a finished one has replaced.
     """
-    with run.locked(), StopSignal() as stop, _set_aside(run, more.waiting):
+    with run.locked(), StopSignal() as stop, _set_aside(run, more.waiting) as aside:
         before = _Before(run.config.read_text(encoding="utf-8"), run.info, run.metrics_size())
         kept = {name: status for name, status in before.info["stages"].items() if name in more.known}
         try:
@@ -51,21 +53,27 @@ def extend(run: Run, more: Extended, reporter: Reporter, measured: Yardstick | N
                     listeners.finish(runs.read_json(run / "summary.json") | {"artefacts": documents})
         except (Interrupted, KeyboardInterrupt) as stopped:
             run.update(status="interrupted")
+            _remove_gone(run, before)
             if isinstance(stopped, Interrupted):
                 stopped.run = str(run)
             raise
         except BaseException:
-            _take_back(run, more, before)
+            if _take_back(run, more, before, aside):
+                _describe(run)
             raise
         if all(run.info["stages"].get(name) == "done" for name in more.waiting):
             run.update(status=before.info["status"])
-            for name in set(before.info["stages"]) - set(run.info["stages"]):
-                _remove(run, name)  # it was made of a model that another has replaced
+            _remove_gone(run, before)
         else:
-            _take_back(run, more, before)  # a gate was missed, and what would come after it is not asked for
-        renew_config_hash(run)
-        write_card(run)
+            _take_back(run, more, before, aside)  # a gate was missed, and what would come after it is not asked for
+        _describe(run)
     return documents
+
+
+def _describe(run: Run) -> None:
+    """Says anew what the run is, where its stages have changed."""
+    renew_config_hash(run)
+    write_card(run)
 
 
 def _listeners(run: Run, more: Extended, reporter: Reporter) -> contextlib.AbstractContextManager[Listeners | None]:
@@ -84,16 +92,19 @@ class _Before:
 
 
 @contextlib.contextmanager
-def _set_aside(run: Run, names: Sequence[str]) -> Iterator[None]:
-    """Puts what stages of these names have left out of the way; back in its place where the work in between fails."""
-    moved = {}
+def _set_aside(run: Run, names: Sequence[str]) -> Iterator[dict[str, Path]]:
+    """Puts what stages of these names have left out of the way: where each is now.
+
+    What is still there when the work in between fails is put back, and is gone once it has not failed.
+    """
+    moved: dict[str, Path] = {}
     for name in names:
         if run.stage_dir(name).exists():
             moved[name] = run.stage_dir(name).with_name(f".old-{name}")
             shutil.rmtree(moved[name], ignore_errors=True)
             os.replace(run.stage_dir(name), moved[name])
     try:
-        yield
+        yield moved
     except (Interrupted, KeyboardInterrupt):
         raise
     except BaseException:
@@ -106,21 +117,37 @@ def _set_aside(run: Run, names: Sequence[str]) -> Iterator[None]:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _take_back(run: Run, more: Extended, before: _Before) -> None:
-    """Forgets the stages of a failed extension that are not done; nothing at all is left where none is."""
-    done = [name for name in more.waiting if run.info["stages"].get(name) == "done"]
+def _take_back(run: Run, more: Extended, before: _Before, aside: dict[str, Path]) -> list[str]:
+    """Forgets the stages of a failed extension that are not done: the names of those that are. Nothing at all is left
+    where none is.
+
+    aside: what they were to replace; it is back in its place but for what was made of a model that is gone.
+    """
+    stages = run.info["stages"] if run.info != before.info else {}  # what could not even begin
+    done = [name for name in more.waiting if stages.get(name) == "done"]
+    left = more.untouched(done)
     for name in set(more.waiting) - set(done):
         shutil.rmtree(run.stage_dir(name), ignore_errors=True)
+    for name in list(aside):
+        place = aside.pop(name)
+        if name in left:
+            os.replace(place, run.stage_dir(name))
+        else:
+            shutil.rmtree(place, ignore_errors=True)
     if done:
-        stages = {name: status for name, status in before.info["stages"].items() if name in more.known}
+        stages = {name: status for name, status in before.info["stages"].items() if name in left}
         runs.write_text(run.config, more.config_of(done))
         run.update(status=before.info["status"], stages=stages | dict.fromkeys(done, "done"))
+        _remove_gone(run, before)
     else:
         run.cut_metrics(before.metrics_bytes)
         runs.write_text(run.config, before.config)
         runs.write_json(run / "run.json", before.info)
+    return done
 
 
-def _remove(run: Run, name: str) -> None:
-    shutil.rmtree(run.stage_dir(name), ignore_errors=True)
-    shutil.rmtree(run / "artefacts" / name, ignore_errors=True)
+def _remove_gone(run: Run, before: _Before) -> None:
+    """Removes what was made of a model that another has replaced."""
+    for name in set(before.info["stages"]) - set(run.info["stages"]):
+        shutil.rmtree(run.stage_dir(name), ignore_errors=True)
+        shutil.rmtree(run / "artefacts" / name, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Several processes of one command on this machine: started, watched, and ended together. No torch.
+"""Processes that work for this one, and several of one command on this machine: started, watched, and ended together.
 
 Each is told its place among the others by the environment, in torchrun's words. The first one speaks to the user; of
-the others only what explains a failure is shown.
+the others only what explains a failure is shown. No torch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,18 @@ _TO_SAVE = 60.0
 """Seconds that a process without its launcher has to finish a step and to save."""
 _SHOWN_LINES = 20
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+OWN_GROUP: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
+"""For Popen: the signals of a terminal, such as Ctrl-C, do not reach the process, whose parent says when it ends."""
+
+
+def child_environment(**settings: str) -> dict[str, str]:
+    """The environment of a Python process that works for this one, with further settings.
+
+    It looks for modules where this one does: in the working directory, where `python -m` and `-c` look first and a
+    user's file may be called like one of Python's own modules, only if this one looks there too.
+    """
+    looked = {os.path.abspath(place) for place in sys.path}
+    return os.environ | ({} if os.getcwd() in looked else {"PYTHONSAFEPATH": "1"}) | settings
 
 
 def world_size() -> int:
@@ -136,16 +148,15 @@ def _start(number: int, count: int, port: int, command: Sequence[str]) -> _Proce
         "RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, _OWN: 1,
     }  # fmt: skip
-    environment = os.environ | {name: str(value) for name, value in place.items()}
+    environment = child_environment(**{name: str(value) for name, value in place.items()})
     first = number == 0
-    own_group: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}  # Ctrl-C comes through `start` alone
     process = subprocess.Popen(
         command,
         env=environment,
         stdin=subprocess.PIPE,
         stdout=None if first else subprocess.DEVNULL,
         stderr=None if first else subprocess.PIPE,
-        **own_group,
+        **OWN_GROUP,
     )
     return _Process(number, process)
 

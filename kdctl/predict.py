@@ -160,7 +160,8 @@ def _answer(sample: Sample, row: NDArray[Any], names: Sequence[str], link: str, 
         said = [_chosen(rows[begins[i]], names, 1) if i in begins else _NOT_READ for i in range(len(sample.words))]
         return {"words": [{"word": word} | _without(one) for word, one in zip(sample.words, said, strict=True)]}
     if link == "sigmoid":
-        probabilities = 1 / (1 + np.exp(-np.asarray(row, np.float64)))
+        with np.errstate(over="ignore"):  # below -709 it is 1 / inf
+            probabilities = 1 / (1 + np.exp(-np.asarray(row, np.float64)))
         ordered = _chosen(probabilities, names, len(names))["top"]
         return {"labels": [one for one in ordered if one["probability"] > 0.5], "top": ordered[:top]}
     return _chosen(softmax(row[None])[0], names, top)

@@ -212,7 +212,7 @@ def create(
     Raises UsageError when `run_dir` exists and is not empty.
     """
     if name in RESERVED:
-        raise UsageError(f"a run cannot be called '{name}'", hint="give the experiment another name:")
+        raise UsageError(f"a run cannot be called '{name}'", hint="give the experiment another `name:`")
     home = run_dir.parent if run_dir else root / name
     if run_dir and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         hint = "name another directory, or `kdctl resume` it"

@@ -53,6 +53,11 @@ class Batch:
         """How many rows of logits count: samples, or kept tokens."""
         return self.size if self.keep is None else self.keep.sum()
 
+    def labelled(self) -> Tensor:
+        """(N,) bool: which samples have a label, of tokens at least one."""
+        targets = self.targets.reshape(self.size, -1)
+        return (~targets.isnan() if targets.is_floating_point() else targets != IGNORE).any(1)
+
     def row_labels(self) -> tuple[Tensor, Tensor]:
         """The label of each row of logits (R,) int64, 0 where there is none, and which rows have one (R,) bool."""
         targets = self.targets.reshape(-1)

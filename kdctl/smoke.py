@@ -46,7 +46,8 @@ def smoke(experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
     data = _data(experiment, notes)
     for note in notes:
         reporter.say(f"note: {note}")
-    stages = [_shortened(s, notes) if isinstance(s, TrainStage) else _cheap(s) for s in experiment.stages]
+    batch = experiment.data.batch_size
+    stages = [_shortened(s, batch, notes) if isinstance(s, TrainStage) else _cheap(s) for s in experiment.stages]
     short = experiment.model_copy(
         update={
             "stages": stages,
@@ -67,13 +68,15 @@ def smoke(experiment: Experiment, reporter: Reporter) -> dict[str, Any]:
     return {"status": "smoke", "stages": names, "notes": notes}
 
 
-def _shortened(stage: TrainStage, notes: list[str]) -> TrainStage:
-    """One epoch (of the sliced data), with at most one label a class where labels are few."""
+def _shortened(stage: TrainStage, batch: int, notes: list[str]) -> TrainStage:
+    """One epoch of two batches of the sliced data, with at most one label a class where labels are few. batch: the size
+    of one where the stage names none."""
     labels = None if stage.data.labels_per_class in (None, "all") else 1
-    changed = stage.data.model_copy(update={"limit": None, "labels_per_class": labels or stage.data.labels_per_class})
+    update: dict[str, Any] = {"limit": STEPS * (stage.data.batch_size or batch)}
+    changed = stage.data.model_copy(update=update | {"labels_per_class": labels or stage.data.labels_per_class})
     teachers = [_at_hand(t, notes).model_copy(update={"control": True}) for t in stage.teachers]
-    update: dict[str, Any] = {"max_drop": None, "min_speedup": None}
-    update |= {"epochs": 1, "data": changed, "student": stage.student and _at_hand(stage.student, notes)}
+    update = {"max_drop": None, "min_speedup": None, "epochs": 1, "data": changed}
+    update["student"] = stage.student and _at_hand(stage.student, notes)
     shorter = registry.load(registry.find("methods", stage.method.kind)).smoke  # type: ignore[attr-defined]
     update["method"] = stage.method.model_copy(update=shorter)
     if teachers:
@@ -104,7 +107,7 @@ def _at_hand(spec: Any, notes: list[str]) -> Any:
 
 
 def _data(experiment: Experiment, notes: list[str]) -> Data:
-    """Two batches to train on and a few samples to measure."""
+    """Two of the largest batches to train on and a few samples to measure."""
     spec = experiment.data
     sizes = [s.data.batch_size or spec.batch_size for s in experiment.train_stages]
     count = STEPS * max(sizes, default=spec.batch_size)

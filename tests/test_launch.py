@@ -80,6 +80,15 @@ def test_what_a_process_wrote_is_shown_where_the_first_one_cannot_explain(monkey
     assert error.value.code == 4
 
 
+def test_a_child_looks_for_modules_where_this_process_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    environment = launch.child_environment(OTHER="yes")
+    assert (environment["PYTHONSAFEPATH"], environment["OTHER"]) == ("1", "yes")
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m kdctl` has it, also in a checkout that is not installed
+    assert "PYTHONSAFEPATH" not in launch.child_environment()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_goes_to_the_first_process_once(number, code, tmp_path):
     body = (

@@ -3,6 +3,7 @@ own fp32 file of the student."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -92,7 +93,7 @@ class Yardstick:
     # ---------------------------------------------------------------------------------------------------- to work with
 
     def workbench(self, stage: OutputStage | TrainStage) -> Workbench:
-        """Training images in a fixed order, and the quality of a predictor on what is no test sample."""
+        """Training samples in fixed orders, and the quality of a predictor on what is no test sample."""
         student = self.run.stage_dir(self.experiment.origin(stage).name) / "model"
         held_out = self.data.val if self.data.val is not None else self.data.train
         rows = stratified(held_out.strata, 0)
@@ -100,6 +101,8 @@ class Yardstick:
         size, primary = self.experiment.data.eval_batch_size, self.task.primary
 
         def quality(predictor: Callable[[Floats], Floats]) -> float:
+            if len(some) == 0:
+                return math.nan
             pairs = [
                 self.task.outcome(torch.from_numpy(predictor(batch.inputs.numpy())), batch)
                 for batch in clean_batches(some, batch_size=size)
@@ -110,15 +113,22 @@ class Yardstick:
         def of_student() -> float:
             return quality(TorchPredictor(quick(load_model(student))))
 
-        return Workbench(self.task, self._images, self._batches, quality, of_student, self.say)
+        return Workbench(self.task, self._images, self._labelled_first, quality, of_student, self.say)
 
     def _images(self) -> Iterator[Floats]:
-        for batch in self._batches():
+        for batch in self._batches(self._order()):
             yield batch.inputs.numpy()
 
-    def _batches(self) -> Iterator[Batch]:
+    def _labelled_first(self) -> Iterator[Batch]:
+        order = self._order()
+        unlabelled = self.data.train.strata[order] == IGNORE
+        return self._batches(order[torch.argsort(unlabelled.to(torch.int8), stable=True)])
+
+    def _order(self) -> torch.Tensor:
+        return torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(0))
+
+    def _batches(self, order: torch.Tensor) -> Iterator[Batch]:
         train = self.data.train
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         for rows in order.split(128):
             view = torch.full((len(rows),), CLEAN)
             posed = train.posed(rows, train.fetch(rows), view)

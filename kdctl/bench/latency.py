@@ -8,7 +8,6 @@ processes disturb least: compare by that.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from kdctl.errors import KdctlError
+from kdctl.launch import OWN_GROUP, child_environment
 
 ROUND_SECONDS = 0.1
 OPEN_LIMIT, ROUND_LIMIT = 600.0, 300.0
@@ -119,13 +119,14 @@ class _Worker:
         self.cpu: list[float] = []
         self.peak = 0
         threads = str(cell.threads)
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
+        environment = child_environment(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, PYTHONWARNINGS="ignore")
         self.errors = tempfile.TemporaryFile()
         command = [cell.python or sys.executable, "-m", "kdctl.bench.cell"]
         try:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment, text=True
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment, text=True,
+                **OWN_GROUP,
+            )  # fmt: skip
         except OSError as error:
             self.errors.close()
             raise KdctlError(f"{cell.what} cannot be timed: {command[0]}: {error.strerror}") from None

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +29,15 @@ import typer.main
 from kdctl import __version__
 from kdctl.cli import completion, console
 from kdctl.cli.verb import command, plain_flag, spare_pydantic
-from kdctl.errors import KdctlError, OutOfMemoryError, Problem, UsageError, did_you_mean, is_out_of_memory
+from kdctl.errors import (
+    Interrupted,
+    KdctlError,
+    OutOfMemoryError,
+    Problem,
+    UsageError,
+    did_you_mean,
+    is_out_of_memory,
+)
 
 COMMANDS = {
     "init": ("kdctl.cli.init:init", "Write an experiment file to start from."),
@@ -49,8 +61,22 @@ COMMANDS = {
 }
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, where nothing has a way of its own to stop at it."""
+
+
+class _Stopped(Exception):
+    """A signal has stopped a verb at once: the KeyboardInterrupt that it comes from, in a form that Typer hands on."""
+
+
 class LazyGroup(typer.core.TyperGroup):
     """A group that imports a verb's module only when that verb is called."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            raise _Stopped from stopped
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -115,24 +141,13 @@ def run(arguments: Sequence[str]) -> int:
     console.set_up()
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
-        if arguments and arguments[0] in completion.OPTIONS:
-            completion.answer(list(arguments))
-            return 0
-        group: Any = typer.main.get_command(app)
-        for parameter in group.params:
-            spare_pydantic(parameter, bool)
-            if f"--{str(parameter.name).replace('_', '-')}" in completion.OPTIONS:
-                parameter.help = f"{parameter.help.split(' for ')[0]} for this shell, or for the one named after it."
-        if completion.asked():
-            completion.show_texts_as_they_are()
-        code = group.main(list(arguments) or ["--help"], prog_name="kdctl", standalone_mode=False)
-        sys.stdout.flush()
-        return code or 0
-    except KeyboardInterrupt:
-        console.leave()
-        return 130
-    except typer.Abort:
-        return 130
+        with _terminable():
+            return _main(arguments)
+    except (_Stopped, KeyboardInterrupt, typer.Abort) as stopped:
+        if not isinstance(stopped, typer.Abort):
+            console.leave()
+        number = signal.SIGTERM if isinstance(stopped.__cause__ or stopped, _Terminated) else signal.SIGINT
+        return _stopped(number, as_json)
     except BrokenPipeError:
         return _unheard(1)
     except Exception as error:
@@ -143,16 +158,63 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(_as_kdctl_error(error), as_json)
 
 
+def _main(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] in completion.OPTIONS:
+        completion.answer(list(arguments))
+        return 0
+    group: Any = typer.main.get_command(app)
+    for parameter in group.params:
+        spare_pydantic(parameter, bool)
+        if f"--{str(parameter.name).replace('_', '-')}" in completion.OPTIONS:
+            parameter.help = f"{parameter.help.split(' for ')[0]} for this shell, or for the one named after it."
+    if completion.asked():
+        completion.show_texts_as_they_are()
+    code = group.main(list(arguments) or ["--help"], prog_name="kdctl", standalone_mode=False)
+    sys.stdout.flush()
+    return code or 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM stop the work inside as SIGINT does. Of several processes it ends one at once, as it always did."""
+    alone = threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stopped(number: int, as_json: bool) -> int:
+    """The exit code of what a signal has stopped at once; with --json also a document, of several processes' first."""
+    from kdctl import launch
+
+    error = Interrupted(number, "stopped before it was done")
+    return _fail(error, as_json) if as_json and launch.rank() == 0 else error.code
+
+
 def _fail(error: KdctlError, as_json: bool) -> int:
+    shown = [] if as_json else [error]
     try:
         if as_json:
             console.print_json(error.as_dict())
-        else:
-            sys.stdout.flush()
-            console.print_error(error)
         sys.stdout.flush()
     except BrokenPipeError:
         return _unheard(error.code)
+    except OSError as full:
+        _unheard(error.code)
+        unwritten = KdctlError(Problem(str(full.strerror), file="stdout"))
+        shown = [unwritten, error] if str(error) != full.strerror else [unwritten]
+    with suppress(OSError):  # where stderr is full too, there is no place left to say it
+        for each in shown:
+            console.print_error(each)
     return error.code
 
 

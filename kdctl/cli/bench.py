@@ -39,11 +39,40 @@ def bench(
     rows: dict[Path, list[dict[str, Any]]] = {}
     for (thing, _), row in zip(cells, measured, strict=True):
         rows.setdefault(thing.run.path.resolve(), []).append(row.as_dict() | thing.cost | {"path": str(thing)})
-    head = {"seconds": seconds, "processor": _processor(), "measured": datetime.now(UTC).isoformat()}
+    head: dict[str, Any] = {
+        "seconds": seconds, "processor": _processor(), "measured": datetime.now(UTC).isoformat(),
+    }  # fmt: skip
     for home, own in rows.items():
-        runs.write_json(home / "bench.json", head | {"rows": own})
+        runs.write_json(home / "bench.json", head | {"rows": _beside_earlier(home / "bench.json", own, head)})
     written = [str(runs.Run(home / "bench.json")) for home in rows]
     return Reply(head | {"rows": [row for own in rows.values() for row in own], "written": written}, show)
+
+
+def _beside_earlier(path: Path, own: list[dict[str, Any]], head: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with those that the run's file has of other cells, each of which says how long and when it was measured.
+
+    What was measured on another processor, or of a student or artefact that is gone or was made anew, is left out.
+    """
+    run = runs.Run(path.parent)
+    files = {"student": run / "student.safetensors"} | {made.name: made / "manifest.json" for made in run.artefacts}
+
+    def holds(row: dict[str, Any]) -> bool:
+        file = files.get(row["what"])
+        if file is None:
+            return bool(row["what"].startswith("teacher"))
+        return file.is_file() and file.stat().st_mtime <= datetime.fromisoformat(row["measured"]).timestamp()
+
+    def cell(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["what"], row["batch"], row["threads"]
+
+    try:
+        earlier = runs.read_json(path)
+        since = {name: earlier[name] for name in ("seconds", "measured")}
+        rows = [since | row for row in earlier["rows"] if earlier["processor"] == head["processor"]]
+        kept = {cell(row): row for row in rows if holds(row)}
+    except (MissingError, KeyError, TypeError, ValueError):  # there is none, or it is damaged
+        kept = {}
+    return list((kept | {cell(row): row for row in own}).values())
 
 
 def show(document: dict[str, Any]) -> None:

@@ -34,8 +34,12 @@ _bars: list[Any] = []
 
 
 def set_up(quiet: bool = False, verbose: bool = False) -> None:
-    """Sets how much `say` and `detail` print, and makes both streams replace what they cannot encode."""
+    """Sets how much `say` and `detail` print, and makes both streams replace what they cannot encode.
+
+    A stream that was closed (`>&-`) is one that nobody reads from now on.
+    """
     global _level, _drawn
+    _open_closed()
     _level = 0 if quiet else 2 if verbose else 1
     _drawn = 0
     asked = any(os.environ.get(name) for name in ("PYTHONIOENCODING", "PYTHONUTF8"))
@@ -44,8 +48,21 @@ def set_up(quiet: bool = False, verbose: bool = False) -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure and plain:
             reconfigure(encoding="ascii", errors="replace")
-        elif reconfigure and not is_utf8(stream):
-            reconfigure(errors="replace")
+        elif reconfigure:  # also UTF-8 has no place for the bytes of a path that is not UTF-8
+            reconfigure(errors="backslashreplace" if is_utf8(stream) else "replace")
+
+
+def _open_closed() -> None:
+    """Opens closed streams on the null device: the next file to be opened would else take their number."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        null = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(null, number)
+        setattr(sys, name, open(null, "w", encoding="utf-8"))
 
 
 def out(text: str = "") -> None:
@@ -97,7 +114,12 @@ def yaml_text(value: object) -> str:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON document on stdout. Numbers that are not finite become null, paths and other objects text."""
-    print(json_text(document, ascii_only=not is_utf8(sys.stdout)))
+    text = json_text(document, ascii_only=not is_utf8(sys.stdout))
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # the bytes of a path that is not UTF-8
+        text = json_text(document, ascii_only=True)
+    print(text)
 
 
 def json_text(document: Mapping[str, Any], ascii_only: bool = False) -> str:

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from kdctl import registry
+from kdctl import launch, registry
 from kdctl.cli import console, surroundings
 from kdctl.cli.surroundings import Check
 from kdctl.cli.surroundings import check as _check
@@ -140,8 +140,9 @@ def _version(package: str) -> str | None:
 
 def _start(code: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=launch.child_environment(),
+    )  # fmt: skip
 
 
 def _attempt(code: str) -> Outcome:

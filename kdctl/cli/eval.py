@@ -40,7 +40,11 @@ def eval_(
     from kdctl.config.expand import load_experiment
 
     path, other = Path(what), runs.find(against) if against else None
-    if path.suffix in (".yaml", ".yml"):
+    is_file, is_artefact = path.suffix in (".yaml", ".yml"), (path / "manifest.json").is_file()
+    if checkpoint != "best" and (is_file or is_artefact) and other is None:
+        thing = "an artefact was made of one of its checkpoints" if is_artefact else "a file's student has one"
+        raise UsageError(f"--checkpoint is for a run: {thing}", hint="leave --checkpoint out")
+    if is_file:
         loaded = load_experiment(path, options.overrides)
         _check_overrides(options, ("data", "task", "student"))
         console.say("loading torch ...")
@@ -50,7 +54,7 @@ def eval_(
         with locating(loaded.document):
             document = evaluate_config(loaded.experiment, split, _device(options), console.bar)
         document |= {"run": None, "config": what}
-    elif (path / "manifest.json").is_file():
+    elif is_artefact:
         check_no_device(options.device)
         run = runs.Run(path.resolve().parent.parent)
         experiment = load_experiment(run.config, options.overrides, require_files=False).experiment

@@ -23,9 +23,10 @@ class Workbench:
     """What a stage of compression works with beside the model.
 
     images: a stream of batches of clean training images (N, C, H, W) in [0, 1], or of texts, int64 (N, L), in a random
-    order that is always the same. batches: the same samples as labelled batches. quality: the task's metric of a
-    predictor (images or texts to logits) on the validation split, or on training samples where there is none: never on
-    the test split. of_student: that of the model that compression began with. say: tells the user.
+    order that is always the same. batches: the same samples with their labels, those that have one first. quality: the
+    task's metric of a predictor (images or texts to logits) on the validation split, or on training samples where there
+    is none: never on the test split; NaN where none of these samples has a label. of_student: that of the model that
+    compression began with. say: tells the user.
     """
 
     task: Task

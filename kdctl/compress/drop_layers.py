@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -30,9 +31,9 @@ class DropLayers(Reshape):
     Papers: Fan, Grave & Joulin, Reducing Transformer Depth on Demand with Structured Dropout, ICLR 2020 (every other);
         Men et al., ShortGPT: Layers in Large Language Models Are More Redundant Than You Expect, 2024 (by effect).
 
-    ratio: the share of such blocks that goes, or blocks: their number. choose: `output` drops those that change the
-    logits on training images least, one after the other; `quality` those that cost the task's metric least; `even`
-    every n-th, without looking. samples: images that `output` looks at.
+    ratio: the share of such blocks that goes, of several at least one, or blocks: their number. choose: `output` drops
+    those that change the logits on training images least, one after the other; `quality` those that cost the task's
+    metric least; `even` every n-th, without looking. samples: images that `output` looks at.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class DropLayers(Reshape):
         if not found:
             hint = "drop_layers is for nets with shortcuts; `prune` makes others narrower"
             raise KdctlError("there is no residual block in this net that can be left out", hint=hint)
-        count = round(self.ratio * len(found)) if self.blocks is None else self.blocks
+        count = self._count(found, bench) if self.blocks is None else self.blocks
         if count > len(found):
             message = f"{count} blocks are to go, and there are {len(found)}: {', '.join(found)}"
             raise ConfigError(Problem(message, key="blocks"))
@@ -68,6 +69,15 @@ class DropLayers(Reshape):
             "parameters": [measured.parameters(m) for m in (model, result)],
         }
         return Reshaped(result, details)
+
+    def _count(self, found: list[str], bench: Workbench) -> int:
+        """How many blocks the ratio stands for: of several at least one, unless it is 0."""
+        count = round(self.ratio * len(found))
+        if count == 0 < self.ratio:
+            if len(found) > 1:
+                return 1
+            bench.say(f"drop_layers: only {found[0]} could go, and ratio {self.ratio:g} of one block is none")
+        return count
 
     def _choose(
         self, model: Model, found: list[str], count: int, bench: Workbench
@@ -86,7 +96,10 @@ class DropLayers(Reshape):
                 structure.skip(trial.net, path)
                 turn[path] = round(harm(trial), 8)
                 structure.put(trial.net, path, block)
-            best = min(turn, key=lambda path: turn[path])
+            if all(map(math.isnan, turn.values())):
+                message, hint = _NOTHING_TO_CHOOSE_BY[self.choose]
+                raise KdctlError(message, hint=hint)
+            best = min(turn, key=lambda path: (math.isnan(turn[path]), turn[path]))
             structure.skip(trial.net, best)
             dropped.append(best)
             tried.append(turn)
@@ -98,6 +111,13 @@ class DropLayers(Reshape):
         whole = logits_of(model, images)
         power = max(float(whole.pow(2).sum()), 1e-30)
         return lambda other: float((logits_of(other, images) - whole).pow(2).sum()) / power
+
+
+_NOTHING_TO_CHOOSE_BY = {
+    "output": ("the logits are not finite, whichever block is left out: the model is broken", "choose: even"),
+    "quality": ("choose: quality has no label outside the test split to measure by", "choose: output needs no labels"),
+}
+"""What is said where the harm of every block is NaN, and a hint."""
 
 
 def _loss_of_quality(bench: Workbench) -> Callable[[Model], float]:

@@ -21,7 +21,7 @@ from kdctl.config.types import Fraction, NonNegative, PositiveInt
 from kdctl.errors import ConfigError, KdctlError, Problem
 from kdctl.models.record import Model, build_model
 from kdctl.models.structure import Edit
-from kdctl.signals import Signals, find_logits
+from kdctl.signals import Batch, Signals, find_logits
 from kdctl.taps import Taps
 
 Scores = NDArray[np.float64]
@@ -72,7 +72,7 @@ class PruneHeads(Reshape):
     Papers: Michel, Levy & Neubig, Are Sixteen Heads Really Better than One?, NeurIPS 2019; without labels: Theis et
         al., Faster Gaze Prediction With Dense Networks and Fisher Pruning, 2018.
     Formula: taylor: I = E_x |dL/dg| of a gate g = 1 on the output of a head or unit, divided by the layer's L2 norm of
-        I, with the task's own loss L. Where no sample has a label, L is that of labels drawn from the model's own
+        I, with the task's own loss L. Of a sample without a label L is that of one drawn from the model's own
         probabilities: the curvature, along g, of the KL divergence from the unpruned model.
     Published: Michel et al. take 20 to 40 % of the heads of BERT and of a translation model without a visible loss.
 
@@ -237,7 +237,7 @@ def _magnitude(net: nn.Module, part: Part) -> Scores:
 
 
 def taylor(model: Model, parts: Sequence[Part], bench: Workbench, samples: int) -> list[Scores]:
-    """Of each part the mean |dL/dg| of a gate on each of its pieces, over `samples` training samples.
+    """Of each part the mean |dL/dg| of a gate on each of its pieces, over the first `samples` of bench.batches.
 
     Raises KdctlError where there is no sample, or no gradient reaches the pieces.
     """
@@ -254,16 +254,21 @@ def taylor(model: Model, parts: Sequence[Part], bench: Workbench, samples: int) 
 
 
 def _slopes(model: Model, parts: Sequence[Part], bench: Workbench, samples: int, drawn: bool) -> Iterator[list[Tensor]]:
-    """For each micro-batch, of each part dL/dg of its gates, (N, pieces). drawn: with labels that the model drew."""
+    """For each micro-batch, of each part dL/dg of its gates, (N, pieces). drawn: by labels that the model drew, also of
+    samples that have one.
+    """
     generator = torch.Generator().manual_seed(0)
     with Taps(model.net, [f"{part.taker}:in" for part in parts]) as taps:
         with taps.recording():
             model(model.record.example(2))  # after one forward the features are no copies: gradients reach them
-        for batch in micro_batches(bench.batches(), samples):
+        for batch, labelled in _apart(micro_batches(bench.batches(), samples)):
             with torch.enable_grad(), taps.recording() as features:
                 signals = bench.task.signals(bench.task.forward(model, batch), batch)
-                losses = bench.task.supervised(signals, batch).values()
-                loss = _own_loss(signals, generator) if drawn else torch.stack([value for value, _ in losses]).sum()
+                if drawn or not labelled:
+                    loss = _own_loss(signals, generator)
+                else:
+                    losses = bench.task.supervised(signals, batch).values()
+                    loss = torch.stack([value for value, _ in losses]).sum()
             taken = [features[f"{part.taker}:in"] for part in parts]
             reaches = loss.requires_grad
             slopes = torch.autograd.grad(loss, taken, allow_unused=True) if reaches else [None] * len(taken)
@@ -271,6 +276,15 @@ def _slopes(model: Model, parts: Sequence[Part], bench: Workbench, samples: int,
                 torch.zeros(batch.size, part.count) if slope is None else _of_gates(value * slope, part)
                 for part, value, slope in zip(parts, taken, slopes, strict=True)
             ]
+
+
+def _apart(batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Of each batch the samples that have a label, and those that have none; whether they have one."""
+    for batch in batches:
+        rows = batch.labelled()
+        for known in (True, False):
+            if (rows == known).any():
+                yield batch.take(rows == known), known
 
 
 def _of_gates(products: Tensor, part: Part) -> Tensor:

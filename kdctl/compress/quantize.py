@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from kdctl import registry
+from kdctl.bench.cost import counting
 from kdctl.compress.base import Compressor, Workbench
 from kdctl.compress.sensitivity import Sensitivity, sensitivities
 from kdctl.config.types import PositiveInt
@@ -92,12 +93,16 @@ class Quantize(Compressor):
 
         Calibration takes the first `samples` of bench.images. A model that learnt its quantisation goes as it learnt
         it. max_drop: where the file loses more points of bench.quality, layers are ranked by `sensitivities` and the
-        worst stay in fp32, 1, 2, 4, ... of them until it holds, then as few as still hold. Raises KdctlError where the
-        images do not fit or a glob of `keep` matches nothing, ConfigError where the mode that auto found has no groups.
+        worst stay in fp32, 1, 2, 4, ... of them until it holds, then as few as still hold; none where that quality has
+        nothing to be measured by. Raises KdctlError where the images do not fit or a glob of `keep` matches nothing,
+        ConfigError where the mode that auto found has no groups.
         """
         model, how = self._plan(model, bench)
         self.exporter.check(how)
         before = bench.of_student() if max_drop is not None else 0.0
+        if not math.isfinite(before):
+            bench.say("max_drop: no label outside the test split to measure by: no layer stays in fp32 for its sake")
+            max_drop = None
         files.write(self.target, model, out, metadata, how, self.exporter_arguments)
         details: dict[str, Any] = {
             "dtype": how.dtype,
@@ -246,7 +251,7 @@ def matching(net: nn.Module, globs: Iterable[str]) -> frozenset[str]:
 def convolution_share(model: Model, image_shape: Iterable[int]) -> float:
     """The share of convolutions in the multiply-accumulates of a model, in [0, 1]; 0 for a model without any."""
     copied = copy.deepcopy(model).cpu().float().eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         copied(torch.zeros(1, *image_shape))
     counts = {str(operator): flops for operator, flops in counter.get_flop_counts().get("Global", {}).items()}
     convolutions = sum(flops for operator, flops in counts.items() if "conv" in operator)

@@ -50,8 +50,9 @@ def check_arguments(component: Component, written: Mapping[str, Any], reserved: 
     checked = Checked()
     for key, value in written.items():
         name = signature.aliases.get(key, key)
+        twice = key != name and (name in written or name in checked.renamed.values())
         checked.renamed[key] = name
-        if key != name and name in written:
+        if twice:
             checked.problems.append(((key,), f"'{key}' is another name of '{name}', which is given too", "remove one"))
         elif name in known:
             checked.values[name], problems = _check_value(known[name], value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from kdctl import registry
 from kdctl.config.arguments import check_arguments, is_path, unknown_argument
 from kdctl.config.consistency import check_consistency
-from kdctl.config.messages import by_place, clip, key_text, unknown_key, wrong_value
+from kdctl.config.messages import by_place, clip, got, key_text, unknown_key, wrong_value
 from kdctl.config.schema import (
     Component,
     DataSpec,
@@ -50,11 +51,13 @@ class Site:
     @property
     def keys(self) -> list[str]:
         """The keys of the section itself, as a file writes them."""
-        return [info.alias or name for name, info in self.model.model_fields.items()]
+        own = [info.alias or name for name, info in self.model.model_fields.items()]
+        return [*own, "extends"] if self.model is ExperimentFile else own
 
 
 def check(document: Document, require_files: bool = True) -> ExperimentFile:
-    """The experiment that a document states. Adds the origins of renamed keys to the document.
+    """The experiment that a document states, called like its file where it has no name. Adds the origins of renamed
+    keys to the document.
 
     Raises ConfigError with all problems; MissingError when nothing else is wrong and weights or data named by a path
     are not there (unless `require_files` is false).
@@ -75,8 +78,9 @@ class _Check:
         self._models_of_stages()
         sites = {site.path: site for site in walk(ExperimentFile, self.data)}
         for site in sites.values():
-            fields = site.model.model_fields.items()
-            self._rename_origins(site.path, {name: info.alias for name, info in fields if info.alias})
+            short = {name: info.alias for name, info in site.model.model_fields.items() if info.alias}
+            self._keep_latest(site, short)
+            self._rename_origins(site.path, short)
             if issubclass(site.model, Component):
                 self._component(site)
             if issubclass(site.model, ModelSpec):
@@ -87,6 +91,7 @@ class _Check:
                 site.value["dir"] = self._absolute((*site.path, "dir"), site.value["dir"])
         file = self._schema(sites)
         if file is not None:
+            file = file if file.name else file.model_copy(update={"name": _name(self.document.main)})
             for path, message, hint in check_consistency(file):
                 self._report(path, message, hint)
         if self.problems:
@@ -144,6 +149,8 @@ class _Check:
                 self._report((*site.path, misspelt), *unknown_key(misspelt, site.keys), key_line=True)
             elif kind == "missing":
                 self._report(path, f"'{path[-1]}' is missing", _missing_hint(path))
+            elif kind == "invalid_key":
+                self._report(path, f"a key must be text, got {got(path[-1])}", "put it in quotes", key_line=True)
             elif kind == "extra_forbidden" and site is not None:
                 twice = _given_twice(site, str(path[-1]))
                 message, hint = twice or unknown_key(path[-1], site.keys)
@@ -168,6 +175,7 @@ class _Check:
         try:
             component = registry.find(group, kind, origin.base if origin else self.base)
             reserved = [*site.keys, *site.model.model_fields, kind_key]
+            self._keep_latest(site, registry.signature(component).aliases)
             written = {str(k): v for k, v in site.value.items() if k not in reserved}
             checked = check_arguments(component, written, reserved)
         except KdctlError as error:
@@ -187,6 +195,17 @@ class _Check:
         self._rename_origins(site.path, checked.renamed)
         self._paths(site, component)
 
+    def _keep_latest(self, site: Site, aliases: Mapping[str, str]) -> None:
+        """Of several names of one key or argument, takes away those of earlier layers than the last that gives one."""
+        for name in dict.fromkeys(aliases.values()):
+            given = [key for key in (name, *aliases) if key in site.value and aliases.get(key, key) == name]
+            layers = {key: self.document.layer((*site.path, key)) for key in given}
+            for key in [key for key in given if layers[key] < max(layers.values())]:
+                del site.value[key]
+                size, origins = len(site.path) + 1, self.document.origins
+                for path in [path for path in origins if path[:size] == (*site.path, key)]:
+                    del origins[path]
+
     def _rename_origins(self, path: KeyPath, renamed: Mapping[str, str]) -> None:
         origins, size = self.document.origins, len(path) + 1
         for old, new in renamed.items():
@@ -195,17 +214,20 @@ class _Check:
                 origins.update({(*path, new, *p[size:]): o for p, o in moved.items()})
 
     def _fell_away(self, site: Site, kind_key: str, group: str, key: str) -> bool:
-        """Whether an argument belongs to the kind of an earlier layer that a later layer has changed."""
-        old = self.document.replaced.get((*site.path, kind_key))
-        origins = self.document.origins
-        of_kind, of_key = origins.get((*site.path, kind_key)), origins.get((*site.path, key))
-        if not isinstance(old, str) or of_kind is None or of_key is None or of_kind.file == of_key.file:
+        """Whether an argument of an earlier layer belongs to a kind that a later layer has changed."""
+        document, of_kind, of_key = self.document, (*site.path, kind_key), (*site.path, key)
+        if of_kind not in document.origins or of_key not in document.origins:
             return False
-        try:
-            signature = registry.signature(registry.find(group, old, of_key.base))
-        except ConfigError:
+        if document.layer(of_key) >= document.layer(of_kind):
             return False
-        return key in signature.arguments or key in signature.aliases
+        for old in document.replaced.get(of_kind, []):
+            try:
+                signature = registry.signature(registry.find(group, str(old), document.origins[of_key].base))
+            except ConfigError:
+                continue
+            if key in signature.arguments or key in signature.aliases:
+                return True
+        return False
 
     # -------------------------------------------------------------------------------------------------------- paths
 
@@ -270,6 +292,11 @@ def _walk(annotation: Any, metadata: Any, value: Any, path: KeyPath) -> Iterator
     else:
         for member in get_args(annotation):
             yield from _walk(member, metadata, value, path)
+
+
+def _name(file: str) -> str:
+    """What an experiment is called that does not say it: like its file."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(file).stem).strip("-.")[:100] or "experiment"
 
 
 def _at(data: Any, path: KeyPath) -> Any:

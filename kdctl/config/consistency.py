@@ -7,42 +7,48 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kdctl import registry
-from kdctl.config.embeddings import check_embedding
 from kdctl.config.inheritance import check_inherit
 from kdctl.config.schema import (
-    Component,
     ExperimentFile,
     Keeping,
-    LossSpec,
     ModelSpec,
     Normalize,
     OutputStage,
-    TapPair,
     TeacherSpec,
     TrainStage,
 )
+from kdctl.config.terms import (
+    ADD_TEACHER,
+    Finding,
+    check_links,
+    check_losses,
+    check_need,
+    check_several,
+    teachers_of,
+    teaches,
+)
 from kdctl.config.yaml_io import KeyPath
-from kdctl.errors import KdctlError, counted, did_you_mean
-
-Finding = tuple[KeyPath, str, str | None]
-"""Path, message, hint."""
+from kdctl.errors import KdctlError, did_you_mean
+from kdctl.runs import RESERVED
 
 _WAYS = "weights: a file, a run directory or `pretrained`; or train: {} to train it first; or control: true"
 _UNTRAINED = "name its weights, or train it for an epoch at least"
-_ADD_TEACHER = "add teacher: {kind: ..., weights: ...}"
 
 
 def check_consistency(file: ExperimentFile) -> Iterator[Finding]:
     """All that is wrong between sections that are each valid on their own."""
+    if file.name in RESERVED:
+        hint = "give it another `name:`; without one it is called like its file"
+        yield ("name",), f"'{file.name}' means something else among runs: no experiment can be called that", hint
     yield from _check_normalize(("student",), file.student)
-    yield from _check_losses(("losses",), file.losses or [])
-    yield from _check_links(file)
+    yield from check_losses(("losses",), file.losses or [])
+    yield from check_links(file)
     if file.distill is not None and file.losses is not None:
         hint = "write its terms into losses: ce with weight 1 - alpha, kd with weight alpha"
         yield ("distill",), "`distill` is a shorthand for `losses`: give one of them", hint
     if file.student.stage is not None and file.stages is None:
         yield ("student", "from"), "there is no earlier stage", "weights: names a file or a run directory"
-    for path, spec in _teachers(("teacher",), file.teacher):
+    for path, spec in teachers_of(("teacher",), file.teacher):
         yield from _check_teacher(path, spec, file.stages is not None)
     if file.stages is None:
         yield from _check_shorthands(file)
@@ -52,12 +58,6 @@ def check_consistency(file: ExperimentFile) -> Iterator[Finding]:
 
 
 # ----------------------------------------------------------------------------------------------------------- teachers
-
-
-def _teachers(path: KeyPath, given: TeacherSpec | list[TeacherSpec] | None) -> list[tuple[KeyPath, TeacherSpec]]:
-    if isinstance(given, list):
-        return [((*path, i), spec) for i, spec in enumerate(given)]
-    return [] if given is None else [(path, given)]
 
 
 def _check_teacher(path: KeyPath, spec: TeacherSpec, staged: bool) -> Iterator[Finding]:
@@ -71,8 +71,8 @@ def _check_teacher(path: KeyPath, spec: TeacherSpec, staged: bool) -> Iterator[F
     elif not given and not spec.control:
         yield path, "this teacher has no weights", _WAYS
     if spec.train is not None:
-        yield from _check_losses((*path, "train", "losses"), spec.train.losses or [])
-        yield from _check_need((*path, "train", "losses"), spec.train.losses or [], "a teacher's own training")
+        yield from check_losses((*path, "train", "losses"), spec.train.losses or [])
+        yield from check_need((*path, "train", "losses"), spec.train.losses or [], "a teacher's own training")
         if staged:
             hint = "give the stage `role: teacher` and the teacher `from: <its name>`"
             yield (*path, "train"), "with `stages:`, a teacher is trained by a stage", hint
@@ -94,7 +94,7 @@ def _check_cache(file: ExperimentFile) -> Iterator[Finding]:
         return
     stages = [stage for stage in file.stages or [] if isinstance(stage, TrainStage)]
     if not file.teacher and not any(stage.teacher for stage in stages):
-        hint = f"leave it out, or {_ADD_TEACHER}"
+        hint = f"leave it out, or {ADD_TEACHER}"
         yield ("teacher_cache",), "there is no teacher whose outputs could be stored", hint
     terms = [*(file.losses or []), *(loss for stage in stages for loss in stage.losses)]
     if cache.store != "logits" and not any(loss.taps for loss in terms):
@@ -104,94 +104,6 @@ def _check_cache(file: ExperimentFile) -> Iterator[Finding]:
         yield ("teacher_cache", "top_k"), "top_k is of logits, and the store keeps features alone", "store: both"
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
-
-_WHERE_TAPS = "a tap is any module path of the net: `kdctl explain MODEL` names the usual ones"
-
-
-def _check_losses(path: KeyPath, losses: Sequence[LossSpec]) -> Iterator[Finding]:
-    labels = Counter(loss.label for loss in losses)
-    for index, loss in enumerate(losses):
-        if labels[loss.label] > 1:
-            yield (*path, index), f"{labels[loss.label]} terms are called '{loss.label}'", "give each a name: ..."
-        needs_taps = _attribute(loss, "needs_taps", None)
-        if needs_taps is True and not loss.taps:
-            message = f"'{loss.kind}' compares features and needs taps"
-            yield (*path, index), message, f"for example taps: [layer1, layer2]; {_WHERE_TAPS}"
-        if needs_taps is False and loss.taps:
-            yield (*path, index, "taps"), f"'{loss.kind}' takes no taps", "remove them"
-
-
-def _check_links(file: ExperimentFile) -> Iterator[Finding]:
-    """Terms on probabilities of another kind than the task has: softmax where a sample has several labels, say."""
-    link = _literal("tasks", file.task, "link", "softmax")
-    if link == "embedding":
-        yield from check_embedding(file, _teachers(("teacher",), file.teacher))
-        return
-    stages = [(i, stage) for i, stage in enumerate(file.stages or []) if isinstance(stage, TrainStage)]
-    places: list[tuple[KeyPath, Sequence[LossSpec]]] = [(("losses",), file.losses or [])]
-    places += [(("stages", index, "losses"), stage.losses) for index, stage in stages]
-    for path, spec in _teachers(("teacher",), file.teacher):
-        places.append(((*path, "train", "losses"), (spec.train.losses if spec.train else None) or []))
-    fitting = "binary_kd" if link == "sigmoid" else "logit_mse"
-    for path, losses in places:
-        for index, loss in enumerate(losses):
-            links = _attribute(loss, "links", None)
-            if links and link not in links and not loss.force:
-                message = f"'{loss.kind}' is meant for {' or '.join(links)}, and {file.task.kind} has {link} logits"
-                yield (*path, index), message, f"{fitting} is meant for it; force: true uses this one all the same"
-    if file.distill is not None and link != "softmax":
-        message = f"`distill` softens a softmax over classes, and {file.task.kind} has {link} logits"
-        yield ("distill",), message, f"losses: [{{kind: supervised}}, {{kind: {fitting}}}]"
-
-
-def _check_need(path: KeyPath, losses: Sequence[LossSpec], where: str) -> Iterator[Finding]:
-    """Terms that need a teacher, where there is none."""
-    for index, loss in enumerate(losses):
-        if _attribute(loss, "needs_teacher", True):
-            yield (*path, index), f"'{loss.kind}' needs a teacher, and {where} has none", _ADD_TEACHER
-
-
-def _check_several(
-    path: KeyPath, losses: Sequence[LossSpec], place: KeyPath, ensemble: Component | None, number: int
-) -> Iterator[Finding]:
-    """What names something of each teacher, where there are `number` of them."""
-    for index, loss in enumerate(losses):
-        for tap_index, tap in enumerate(loss.taps):
-            if isinstance(tap, TapPair) and isinstance(tap.teacher, list) and number and len(tap.teacher) != number:
-                message = f"{counted(len(tap.teacher), 'place')} for {counted(number, 'teacher')}"
-                where = (*path, index, "taps", tap_index, "teacher")
-                yield where, message, "one place a teacher, in their order"
-    for key in ("weights", "groups") if ensemble is not None and number > 1 else ():
-        values = ensemble.arguments.get(key) if ensemble is not None else None
-        if isinstance(values, list) and len(values) != number:
-            message = f"{counted(len(values), key.removesuffix('s'))} for {number} teachers"
-            yield (*place, key), message, "one a teacher, in their order"
-
-
-def teaches(method: Component | None) -> bool:
-    """Whether the method is itself what teaches."""
-    if method is None:
-        return False
-    try:
-        found = registry.signature(registry.find("methods", method.kind)).attributes
-    except KdctlError:
-        return False
-    return found.get("provides_teacher", False) is True
-
-
-def _attribute(loss: LossSpec, name: str, default: Any) -> Any:
-    """A literal attribute of the term's class, read from its source; None where there is no such class."""
-    return _literal("losses", loss, name, default)
-
-
-def _literal(group: str, component: Component, name: str, default: Any) -> Any:
-    try:
-        return registry.signature(registry.find(group, component.kind)).attributes.get(name, default)
-    except KdctlError:
-        return None
-
-
 # ------------------------------------------------------------------------------------------------------------- stages
 
 
@@ -199,8 +111,8 @@ def _check_shorthands(file: ExperimentFile) -> Iterator[Finding]:
     if file.teacher is None or file.teacher == []:
         if not teaches(file.method):
             if file.distill is not None:
-                yield ("distill",), "there is no teacher to distil from", _ADD_TEACHER
-            yield from _check_need(("losses",), file.losses or [], "this experiment")
+                yield ("distill",), "there is no teacher to distil from", ADD_TEACHER
+            yield from check_need(("losses",), file.losses or [], "this experiment")
     given = file.teacher if isinstance(file.teacher, list) else [file.teacher] if file.teacher else []
     yield from check_inherit(("student",), file.student, given, "this experiment")
     single = isinstance(file.teacher, TeacherSpec)
@@ -208,7 +120,7 @@ def _check_shorthands(file: ExperimentFile) -> Iterator[Finding]:
     names = Counter([*made, "student"])
     for name in [name for name, count in names.items() if count > 1]:
         yield ("teacher",), f"two stages would be called '{name}'", "give each teacher another name"
-    yield from _check_several(("losses",), file.losses or [], ("ensemble",), file.ensemble, len(given))
+    yield from check_several(("losses",), file.losses or [], ("ensemble",), file.ensemble, len(given))
     if file.losses == []:
         yield ("losses",), "there is no term to train with", "leave `losses` out for the default"
     if file.train.early_stop is not None and file.data.val_fraction == 0:
@@ -264,18 +176,21 @@ def _check_name(path: KeyPath, stage: TrainStage | OutputStage, earlier: list[st
 def _check_finetune(file: ExperimentFile, path: KeyPath, stage: TrainStage, earlier: list[str]) -> Iterator[Finding]:
     if "role" in stage.model_fields_set:
         yield (*path, "role"), "a finetune has no role of its own", "remove it"
+    if "student" in stage.model_fields_set:
+        hint = f"remove it; from: names the stage, one of {', '.join(earlier)}"
+        yield (*path, "student"), "a finetune trains the model that a stage has made, and no other", hint
     if stage.start == "fresh":
         yield (*path, "from"), "a finetune starts from the model of a stage", f"one of {', '.join(earlier)}"
     if stage.epochs == 0:
         yield (*path, "epochs"), "a finetune of no epochs does nothing", "epochs: 5"
-    yield from _check_losses((*path, "losses"), stage.losses)
-    for place, spec in _teachers((*path, "teacher"), stage.teacher):
+    yield from check_losses((*path, "losses"), stage.losses)
+    for place, spec in teachers_of((*path, "teacher"), stage.teacher):
         yield from _check_teacher(place, spec, True)
     for place, name in _references(path, stage, stage.teacher):
         if name not in earlier:
             yield _unknown_stage(place, name, earlier)
     if "teacher" in stage.model_fields_set and not stage.teacher:
-        yield from _check_need((*path, "losses"), stage.losses, "this finetune")
+        yield from check_need((*path, "losses"), stage.losses, "this finetune")
 
 
 def _has_weights(student: ModelSpec) -> bool:
@@ -319,7 +234,7 @@ def _check_train_stage(file: ExperimentFile, path: KeyPath, stage: TrainStage, e
     own_teacher = "teacher" in stage.model_fields_set
     taken = stage.teacher if own_teacher or stage.role == "teacher" else file.teacher
     if own_teacher:
-        for place, spec in _teachers((*path, "teacher"), stage.teacher):
+        for place, spec in teachers_of((*path, "teacher"), stage.teacher):
             yield from _check_teacher(place, spec, True)
     if stage.student is not None:
         yield from _check_normalize((*path, "student"), stage.student)
@@ -332,12 +247,12 @@ def _check_train_stage(file: ExperimentFile, path: KeyPath, stage: TrainStage, e
     starts = stage.start == "fresh" or ("start" not in stage.model_fields_set and not earlier)
     if stage.role != "teacher" and (starts or stage.student is not None):
         own = (*path, "student") if stage.student is not None else ("student",)
-        teachers = [spec for _, spec in _teachers((), taken)]
+        teachers = [spec for _, spec in teachers_of((), taken)]
         start = None if starts or "start" not in stage.model_fields_set else stage.start
         yield from check_inherit(own, stage.student or file.student, teachers, f"stage '{stage.name}'", start)
     if epochs == 0 and starts and not _has_weights(stage.student or file.student):
         yield (*path, "epochs"), "a student without weights has to be trained", _UNTRAINED
-    yield from _check_losses((*path, "losses"), stage.losses)
+    yield from check_losses((*path, "losses"), stage.losses)
     losses, place = stage.losses, (*path, "losses")
     method, ensemble = (
         getattr(stage if name in stage.model_fields_set or stage.role == "teacher" else file, name)
@@ -350,10 +265,10 @@ def _check_train_stage(file: ExperimentFile, path: KeyPath, stage: TrainStage, e
     if "losses" in stage.model_fields_set and not stage.losses:
         yield place, "there is no term to train with", "leave `losses` out for the default"
     if not taken and not teaches(method):
-        yield from _check_need(place, losses, f"stage '{stage.name}'")
+        yield from check_need(place, losses, f"stage '{stage.name}'")
     given = taken if isinstance(taken, list) else [taken] if taken else []
     own = (*path, "ensemble") if "ensemble" in stage.model_fields_set else ("ensemble",)
-    yield from _check_several(place, losses, own, ensemble, len(given))
+    yield from check_several(place, losses, own, ensemble, len(given))
     early_stop = stage.early_stop if "early_stop" in stage.model_fields_set else file.train.early_stop
     if early_stop is not None and file.data.val_fraction == 0:
         yield (*path, "early_stop"), "early stopping needs a validation split", "set data.val_fraction"
@@ -364,7 +279,7 @@ def _references(path: KeyPath, stage: TrainStage, teachers: Any) -> Iterator[tup
         yield (*path, "from"), stage.start
     if stage.student is not None and stage.student.stage is not None:
         yield (*path, "student", "from"), stage.student.stage
-    for place, spec in _teachers((*path, "teacher"), teachers):
+    for place, spec in teachers_of((*path, "teacher"), teachers):
         if spec.stage is not None:
             yield (*place, "from"), spec.stage
 

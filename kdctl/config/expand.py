@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from kdctl import registry
 from kdctl.config.arguments import defaults
 from kdctl.config.check import check
-from kdctl.config.consistency import kind_makes_model, teaches
+from kdctl.config.consistency import kind_makes_model
 from kdctl.config.overrides import load_document
 from kdctl.config.schema import (
     Component,
@@ -32,6 +32,7 @@ from kdctl.config.schema import (
     TeacherSpec,
     TrainStage,
 )
+from kdctl.config.terms import teaches
 from kdctl.config.yaml_io import Document, KeyPath
 from kdctl.runs import holds_model
 
@@ -64,9 +65,6 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), require_files: bo
     path = Path(path)
     document = load_document(path, overrides)
     file = check(document, require_files)
-    if not file.name:
-        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-.")[:100] or "experiment"
-        file = file.model_copy(update={"name": stem})
     expansion = _Expansion(file)
     return Loaded(expansion.experiment(), document, path.absolute().parent, expansion.links)
 

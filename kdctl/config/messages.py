@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdctl.config.schema import NAME
-from kdctl.config.types import STEPS
+from kdctl.config.types import DEVICE, STEPS
 from kdctl.config.yaml_io import KeyPath
 from kdctl.errors import did_you_mean
 
@@ -77,7 +77,7 @@ def by_place(errors: Sequence[Mapping[str, Any]], data: Any) -> dict[KeyPath, li
         places.setdefault(_place(error, data), []).append(error)
     for path in list(places):
         deeper = any(len(other) > len(path) and other[: len(path)] == path for other in places)
-        if deeper and all(error["type"] in _KINDS_OF_VALUE for error in places[path]):
+        if deeper and all(error["type"] in {*_KINDS_OF_VALUE, "literal_error"} for error in places[path]):
             del places[path]
     return places
 
@@ -105,12 +105,15 @@ def _allowed(error: Mapping[str, Any]) -> str:
         return str(context["expected"])
     if kind in _BOUNDS:
         name, sign = _BOUNDS[kind]
-        return f"a number {sign} {context[name]:g}"
+        limit = context[name]
+        return f"a number {sign} {int(limit) if limit == int(limit) else limit}"
     if kind in _LENGTHS:
         return _LENGTHS[kind].format(**context)
     if kind == "string_pattern_mismatch":
         if context["pattern"] == STEPS:
             return "a number of steps as `500 steps`"
+        if context["pattern"] == DEVICE:
+            return "auto, cpu, cuda, cuda:N or mps"
         is_name = NAME in context["pattern"]
         return "a name of letters, digits, `_`, `.` and `-`" if is_name else f"text that matches {context['pattern']}"
     if kind == "value_error":

@@ -1,7 +1,7 @@
 """Layers of an experiment: the file, the files it `extends:`, and `a.b=c` overrides, merged with every value's origin.
 
 Maps merge, lists and plain values replace. A later layer that changes a `kind` keeps the earlier arguments that the new
-kind also has; the others fall away (config/check.py).
+kind also has; the others fall away. One that gives a value by another of its names replaces it too (config/check.py).
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ def _merge(base: Document, over: Document) -> None:
                 merge(old[key], value, here)
             else:
                 if key in old:
-                    base.replaced[here] = old[key]
+                    base.replaced.setdefault(here, []).append(old[key])
                 old[key] = value
                 _replace_origins(base.origins, here, over.origins)
 
     merge(base.data, over.data, ())
     base.origins[()] = over.origins[()]
-    base.replaced |= over.replaced
+    base.files += over.files
 
 
 def _replace_origins(origins: dict[KeyPath, Origin], path: KeyPath, new: dict[KeyPath, Origin]) -> None:
@@ -123,7 +123,7 @@ def _override(document: Document, text: str, name: str) -> None:
             document.origins[path] = Origin(name, None, "override")
         current = current[key]
     if isinstance(current, dict) and path[-1] in current:
-        document.replaced[path] = current[path[-1]]
+        document.replaced.setdefault(path, []).append(current[path[-1]])
     current[path[-1]] = value
     _replace_origins(document.origins, path, {(*path, *k): v for k, v in origins.items()})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,15 @@ class Extended:
 
     experiment: the whole, overrides applied. names: of the stages that were asked for, in order. known: of the stages
     that the run has had and keeps. waiting: of those that are to be run; a stage that makes a model and is there
-    already, equal but for its gates, is not run again.
+    already, equal but for its gates, is not run again. sources: of each stage that the run has had those whose models
+    it was made of.
     """
 
     experiment: Experiment
     names: list[str]
     known: list[str]
     waiting: list[str]
+    sources: Mapping[str, set[str]]
     stored: Mapping[str, Any]
     added: Mapping[str, Any]
 
@@ -41,11 +43,17 @@ class Extended:
         """The run's config.yaml with the new stages."""
         return self.config_of(self.added)
 
-    def config_of(self, names: Sequence[str] | Mapping[str, Any]) -> str:
-        """The run's config.yaml with some of the new stages."""
+    def config_of(self, names: Collection[str]) -> str:
+        """The run's config.yaml with some of the new stages, after those it had that stay as they are then."""
         chosen = {name: stage for name, stage in self.added.items() if name in names}
-        stages = [chosen.pop(stage.get("name"), stage) for stage in self.stored["stages"]]
+        left = self.untouched(names)
+        stored = [stage for stage in self.stored["stages"] if stage.get("name", "student") in left]
+        stages = [chosen.pop(stage.get("name"), stage) for stage in stored]
         return dump_plain({**self.stored, "stages": [*stages, *chosen.values()]})
+
+    def untouched(self, names: Collection[str]) -> list[str]:
+        """The stages that the run has had and that stay as they are where only new ones of these names are run."""
+        return _untouched(self.sources, set(names) & set(self.waiting))
 
 
 def read_recipe(path: Path) -> Document:
@@ -99,14 +107,12 @@ def with_stages(config: Path, overrides: Sequence[str], recipe: Document) -> Ext
         if twin is None or not makes_model(stage):
             waiting.append(stage.name)
         added[stage.name] = _relative(plain(stage), config.absolute().parent)
-    for stage in before.stages:  # what goes back to a stage of the recipe that turned out to be there already
-        known = {s.name for s in kept}
-        if stage.name not in known and _sources(stage) <= known - set(waiting):
-            kept.append(stage)
-    known_names = [name for name in old if any(s.name == name for s in kept)]
-    experiment = whole.model_copy(update={"stages": kept})
-    stored = {**stored, "stages": [s for s in stored["stages"] if s.get("name", "student") in known_names]}
-    return Extended(experiment, names, known_names, waiting, stored, added)
+    sources = {stage.name: _sources(stage) for stage in before.stages}
+    left, taken = _untouched(sources, set(waiting)), {s.name for s in kept}
+    kept = [s for s in kept if s.name in left or s.name in names]
+    kept += [old[name] for name in left if name not in taken]  # it goes back to what turned out to be there already
+    known = [name for name in old if name in left or name in names]
+    return Extended(whole.model_copy(update={"stages": kept}), names, known, waiting, sources, stored, added)
 
 
 def _refuse_training(recipe: Document) -> None:
@@ -123,6 +129,14 @@ def _sources(stage: Stage) -> set[str]:
     """The stages whose models a stage takes."""
     teachers = stage.teachers if isinstance(stage, TrainStage) else []
     return {stage.start, *(t.stage for t in teachers if t.stage)} - {"fresh"}
+
+
+def _untouched(sources: Mapping[str, set[str]], replaced: set[str]) -> list[str]:
+    """The stages that are neither replaced nor made of the model of one that is, in order."""
+    gone = set(replaced)
+    while more := {name for name, own in sources.items() if name not in gone and own & gone}:
+        gone |= more
+    return [name for name in sources if name not in gone]
 
 
 def _without(stages: Sequence[Any], named: set[str]) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from kdctl.config.types import (
+    DEVICE,
     Fraction,
     NonNegative,
     NonNegativeInt,
@@ -319,7 +320,7 @@ class RunSettings(Section):
     seed: NonNegativeInt = Field(0, description="initialisation and order; augmentation has its own seed")
     precision: Precision = Field("auto", description="arithmetic of training; auto: measured, never fp16")
     layout: Literal["auto", "contiguous", "channels_last"] = Field("auto", description="of images; auto: measured")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field("auto", pattern=DEVICE, description="auto, cpu, cuda, cuda:1, mps")
     threads: Annotated[int, Field(gt=0, le=1024)] | Literal["auto"] = Field(
         "auto", description="of the CPU's arithmetic; auto: OMP_NUM_THREADS where it is set, else measured"
     )

@@ -23,4 +23,6 @@ PathStr = Annotated[str, Field(min_length=1, json_schema_extra={"path": True})]
 """A path; a relative one is read against the file it stands in."""
 Tap = Annotated[str, Field(min_length=1, pattern=r"^[^\s]+$")]
 """A place in a model: `module.path`, `:in` for its input, `#2` for its second call, `.key` into tuples and dicts."""
+DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?|mps)$"
+"""What can name a device; whether the machine has it shows where it is used."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]

@@ -68,18 +68,28 @@ class Origin:
 
 @dataclass
 class Document:
-    """Plain data and, by path, where each value was written. `replaced` holds values that a later layer replaced."""
+    """Plain data and, by path, where each value was written.
+
+    replaced: the values that later layers replaced, the oldest first. files: those that were merged, the one that all
+    others extend first.
+    """
 
     data: dict[Any, Any]
     origins: dict[KeyPath, Origin]
-    replaced: dict[KeyPath, Any] = field(default_factory=dict)
+    replaced: dict[KeyPath, list[Any]] = field(default_factory=dict)
     main: str = ""
+    files: list[str] = field(default_factory=list)
 
     def origin(self, path: KeyPath) -> Origin | None:
         """The origin of a value, or of the nearest thing around it that was written."""
         while path and path not in self.origins:
             path = path[:-1]
         return self.origins.get(path)
+
+    def layer(self, path: KeyPath) -> int:
+        """The number of the layer that a value is of: that of its file in `files`, then the command line's."""
+        origin = self.origin(path)
+        return self.files.index(origin.file) if origin is not None and origin.file in self.files else len(self.files)
 
 
 @dataclass(slots=True)
@@ -124,7 +134,7 @@ def read_file(path: Path, layer: Literal["file", "extends"] = "file") -> Documen
         got = "a list" if root.kind == "list" else f"the value {_short(root.value)}"
         raise ConfigError(Problem(f"an experiment is a map of keys and values, got {got}", name, root.line))
     data, origins = _plain(root, name, layer)
-    return Document(data, origins, main=name)
+    return Document(data, origins, main=name, files=[name])
 
 
 def read_value(text: str, name: str) -> tuple[Any, dict[KeyPath, Origin]]:

@@ -180,6 +180,20 @@ class FilePredictor:
     output: str = "logits"
     fixed_batch: int | None = None
 
+    @property
+    def link(self) -> str:
+        """How its logits become what it says: see ModelRecord.link."""
+        return str(self._record("link", "softmax"))
+
+    @property
+    def head(self) -> str:
+        """What a row of its logits is of: see ModelRecord.head."""
+        return str(self._record("head", "sample"))
+
+    def _record(self, name: str, usual: str) -> Any:
+        record = self.metadata.get("record")
+        return record.get(name, usual) if isinstance(record, dict) else usual
+
     def __call__(self, images: Floats) -> Floats:
         raise NotImplementedError
 

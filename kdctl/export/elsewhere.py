@@ -25,6 +25,7 @@ import numpy as np
 from kdctl import __version__, errors
 from kdctl.errors import KdctlError, MissingError
 from kdctl.export.base import Contents, FilePredictor, Floats, Quantization
+from kdctl.launch import OWN_GROUP, child_environment
 
 if TYPE_CHECKING:
     from kdctl.models.record import Model
@@ -126,17 +127,16 @@ def _ask(target: str, action: str, folder: Path, request: dict[str, Any]) -> dic
     (folder / "request.json").write_text(json.dumps({"target": target, **request}), encoding="utf-8")
     command = [python, "-m", GUEST, action, str(folder)]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=_environment(), timeout=LIMIT)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=child_environment(PYTHONWARNINGS="ignore"),
+            timeout=LIMIT, **OWN_GROUP,
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise KdctlError(f"{target} did not {action} within {LIMIT:.0f} seconds in {python}") from error
     reply = folder / "reply.json"
     if not reply.is_file():
         raise _died(target, python, done.returncode, done.stderr)
     return _checked(json.loads(reply.read_text(encoding="utf-8")))
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {"PYTHONWARNINGS": "ignore"}
 
 
 def _checked(reply: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +175,8 @@ class ElsewherePredictor(FilePredictor):
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [self._python, "-m", GUEST, "serve", target, str(path.absolute()), "" if threads is None else str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=_environment(),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            env=child_environment(PYTHONWARNINGS="ignore"), **OWN_GROUP,
         )  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         self._to: IO[bytes] = self._process.stdin

@@ -217,9 +217,6 @@ class OnnxPredictor(FilePredictor):
         self.image_shape = tuple(shape[1:]) if self.tokens is None else (self.tokens.length,)
         self.num_classes = int(outputs[0].shape[-1])
         self.class_names = list(self.metadata.get("class_names", []))
-        record = self.metadata.get("record")
-        record = record if isinstance(record, dict) else {}
-        self.link, self.head = record.get("link", "softmax"), record.get("head", "sample")
 
     def __call__(self, images: Array) -> Floats:
         images = self._checked(images)

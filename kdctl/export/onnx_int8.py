@@ -285,10 +285,10 @@ class _Plan:
             scales = scales.reshape(-1) if scales.size > 1 else scales.reshape(())
         else:
             scales, bits = weight_scales(rows if per_channel else rows.reshape(1, -1), 8), 8
-            if bias is not None:  # it must fit 32 bits in steps of both scales
-                least = np.abs(bias) / (float(step) * 2**30)
-                scales = np.maximum(scales, least if per_channel else least.max()).astype(np.float32)
             scales = scales if per_channel else scales.reshape(())
+        if bias is not None:  # it must fit 32 bits in steps of both scales
+            least = np.abs(bias) / (float(step) * 2**30)
+            scales = np.asarray(np.maximum(scales, least if scales.ndim else least.max()), np.float32)
         levels = to_grid(rows, np.broadcast_to(scales, len(rows)), bits).reshape(front.shape)
         levels = np.ascontiguousarray(np.moveaxis(levels, 0, axis))
         if bits <= INT4:

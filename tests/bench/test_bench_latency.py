@@ -52,6 +52,11 @@ OPENERS = """
         predictor.runtime = str(os.environ.get("OTHER"))
         return predictor
 
+    def apart(threads):
+        predictor = Predictor("a", os.devnull, threads)
+        predictor.runtime = str(os.getpgrp() == os.getpid())
+        return predictor
+
     def raises(threads):
         raise RuntimeError("no such runtime")
 
@@ -109,6 +114,15 @@ def test_a_cell_runs_in_another_interpreter(tmp_path):
         measure([Cell("x", "openers:asks", python=str(tmp_path / "nowhere"))])
 
 
+@pytest.mark.skipif(os.name != "posix", reason="groups of processes")
+def test_a_terminals_signals_do_not_reach_a_cell_nor_a_users_file_its_modules(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "work" / "json.py").write_text("raise RuntimeError('not the module that was meant')")
+    assert measure([Cell("x", "openers:apart")], seconds=0.1)[0].runtime == "True"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_the_cells_own(tmp_path):
     mine = np.ones(300 * 2**17)
@@ -137,6 +151,8 @@ def test_costs(tmp_path):
     )
     assert cost.parameters(net) == 4 * 27 + 8 + 2560 + 10
     assert cost.macs(net, (3, 8, 8)) == 64 * 4 * 27 + 2560
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)  # 10 tokens; attention has two products
+    assert cost.macs(nn.Sequential(nn.Flatten(1, 2), layer), (1, 10, 16)) == 10 * 16 * (4 * 16 + 2 * 10 + 2 * 32)
     assert net.training
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a").write_bytes(b"123")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from typing import Annotated
 
 import pytest
@@ -215,6 +217,25 @@ def test_exit_codes(run, error, code, text):
     assert got == code and text in err and "Traceback" not in err
 
 
+def terminated(options: Options) -> Reply:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+    raise AssertionError("the signal did not stop this")
+
+
+def test_what_a_signal_stops_at_once_has_a_document_too(run, monkeypatch):
+    monkeypatch.setitem(app.COMMANDS, "terminated", (f"{__name__}:terminated", "a verb of the test"))
+    for verb, code in [("failing", 130), ("terminated", 143)]:
+        ERRORS[:] = [KeyboardInterrupt()]
+        got, out, err = run(verb, "--json")
+        document = json.loads(out)
+        assert (got, document["code"], document["ok"], err) == (code, code, False, "")
+        assert document["errors"][0]["message"] == "stopped before it was done"
+        ERRORS[:] = [KeyboardInterrupt()]
+        assert run(verb)[:2] == (code, "")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_a_reply_that_is_whole_and_fails(run):
     code, out, err = run("gated")
     assert (code, out) == (6, "measured\n") and "above 1.00" in err
@@ -249,6 +270,23 @@ def test_a_closed_pipe_is_quiet():
     done = subprocess.run([sys.executable, "-m", "kdctl", "list", "losses"], stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
+@pytest.mark.parametrize(
+    ("words", "code", "out", "err"),
+    [
+        ("list tasks >&-", 0, "", ""),
+        ("list nope 2>&-", 2, "", ""),
+        ("list nope --json >&- 2>&-", 2, "", ""),
+        ("list tasks --json > /dev/full", 1, "", "stdout: No space left on device\n"),
+        ("list tasks > /dev/full", 1, "", "No space left on device\n"),
+    ],
+)
+def test_streams_that_are_closed_or_full(words, code, out, err):
+    command = ["sh", "-c", f'exec "$0" -m kdctl {words}', sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
 
 
 def test_shell_completion_knows_the_commands():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -118,6 +120,36 @@ def test_an_artefact_with_threads(run):
     assert [line.split()[0] for line in lines[1:3]] == ["onnx", "onnx"] and "student" not in out
     assert [line.split()[4] for line in lines[1:3]] == ["1", "2"]
     assert lines[-1] == "wrote runs/mine/001/bench.json"
+
+
+def test_rows_that_are_not_measured_anew_stay(run, home, monkeypatch):
+    """But for those of a thing that was made since, or on another processor."""
+    run_dir, took = home / "runs/mine/001", [1.0]
+
+    def measure(cells, **_):
+        return [Row(cell.what, "torch", cell.batch, cell.threads, took[0], 1.0, 1.0, 1.0, 1, 1) for cell in cells]
+
+    def rows():
+        return [(r["what"], r["batch"], r["p50_ms"]) for r in json.loads((run_dir / "bench.json").read_text())["rows"]]
+
+    monkeypatch.setattr(latency, "measure", measure)
+    (run_dir / "bench.json").write_text("{")  # damaged
+    assert run("--batch", "1,4")[0] == 0
+    took[0] = 2.0
+    monkeypatch.chdir(run_dir)  # where paths read otherwise
+    assert run("artefacts/prune", "--batch", "1,8")[0] == 0
+    assert rows() == [
+        ("student", 1, 1.0), ("student", 4, 1.0), ("onnx", 1, 1.0), ("onnx", 4, 1.0),
+        ("prune", 1, 2.0), ("prune", 4, 1.0), ("prune", 8, 2.0),
+    ]  # fmt: skip
+    later = time.time() + 60
+    os.utime(run_dir / "student.safetensors", (later, later))
+    assert run("artefacts/prune", "--batch", "1")[0] == 0
+    assert [what for what, _, _ in rows()] == ["onnx", "onnx", "prune", "prune", "prune"]
+    monkeypatch.setattr(latency, "processor", lambda: "another")
+    assert run("artefacts/prune", "--batch", "1")[0] == 0
+    assert rows() == [("prune", 1, 2.0)]
+    (run_dir / "bench.json").unlink()
 
 
 @pytest.mark.parametrize("option", ["--batch", "--threads"])

@@ -46,6 +46,14 @@ def test_other_encodings_never_fail(encoding):
     assert b"[bold]" in done.stdout and b"\r" not in done.stdout
 
 
+def test_a_path_that_is_not_utf8():
+    code = "from kdctl.cli import console as c; c.set_up(); c.out('a\\udce9'); c.print_json({'a': 'é\\udce9'})"
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    line, _, document = done.stdout.partition(b"\n")
+    assert (line, json.loads(document)) == (b"a\\udce9", {"a": "é\udce9"}), done.stderr
+
+
 @pytest.fixture
 def terminal():
     """What a program writes to a terminal of a given width."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from kdctl.evaluate import TorchPredictor, quick
 from kdctl.evaluate import predict as predict_split
 from kdctl.export import manifest
 from kdctl.export.onnx import Onnx, open_predictor, record_metadata
+from kdctl.export.torchscript import TorchScript
+from kdctl.export.torchscript import open_predictor as open_torchscript
 from kdctl.models.record import ModelRecord, build_model, load_model, save_model
 from kdctl.tasks.classification import Classification
 
@@ -176,6 +179,20 @@ def test_softmax_is_that_of_float64():
     found = predicting.softmax(logits)
     np.testing.assert_allclose(found[0], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))], rtol=1e-15)
     assert found[1].tolist() == [1.0, 0.0] and np.isnan(found[2]).all()
+
+
+def test_a_file_of_any_runtime_knows_what_its_logits_are(tmp_path, home):
+    """Of several classes a sample, one of them as good as impossible, in a runtime that is not ONNX Runtime."""
+    model = build_model(ModelRecord("digits_cnn", {"width": 4}, 10, CLASSES, [1, 8, 8], link="sigmoid")).eval()
+    with torch.no_grad():
+        model.net.fc.bias.copy_(torch.tensor([-800.0, 30.0, 40.0, *[-30.0] * 7]))
+    TorchScript().convert(model, (1, 8, 8), tmp_path / "model.torchscript", record_metadata(model.record.to_dict()))
+    predictor = open_torchscript(tmp_path / "model.torchscript", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (said,) = predicting.predict_files(predictor, [str(home / "images/0/000.png")], top=10)["predictions"]
+    assert [one["class"] for one in said["labels"]] == [2, 1]
+    assert said["top"][-1] == {"label": "class 0", "class": 0, "probability": 0.0}
 
 
 def test_an_artefact_that_was_changed_is_refused(call, home):

@@ -1,4 +1,4 @@
-"""init, list, schema, check and show, called as a user calls them."""
+"""init, list, schema, check, show, and what eval refuses, called as a user calls them."""
 
 from __future__ import annotations
 
@@ -325,3 +325,15 @@ def test_losses_of_a_file_with_stages(run, here):
     code, _, err = run("check", "staged.yaml", "losses.ce.weight=2")
     assert code == 3 and "stages.NAME.losses.ce.weight" in err
     assert run("check", "staged.yaml", "stages.a.losses.ce.weight=2")[0] == 0
+
+
+# --------------------------------------------------------------------------------------------------------------- eval
+
+
+def test_eval_has_checkpoints_of_runs_alone(run, here):
+    (here / "small").mkdir()
+    (here / "small/manifest.json").write_text("{}")
+    (here / "a.yaml").write_text(SMALL)
+    for what in ("small", "a.yaml"):
+        code, _, err = run("eval", what, "--checkpoint", "last")
+        assert code == 2 and "--checkpoint is for a run" in err and "leave --checkpoint out" in err

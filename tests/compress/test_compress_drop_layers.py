@@ -82,8 +82,15 @@ def test_blocks_are_chosen_by_quality():
     assert result.details["dropped"] == ["layer3.1"]
 
 
+def test_no_label_to_choose_by_is_told():
+    with pytest.raises(KdctlError, match="no label outside the test split"):
+        DropLayers(blocks=1, choose="quality").reshape(make("resnet14"), bench(lambda predict: float("nan")))
+
+
 def test_a_share_of_the_blocks_and_too_many():
     assert len(DropLayers(ratio=0.5, choose="even").reshape(make("resnet14"), bench()).details["dropped"]) == 2
+    small = DropLayers(ratio=0.25, choose="even").reshape(make("tiny_transformer", depth=2), bench())
+    assert len(small.details["dropped"]) == 1, "a quarter of two blocks is one"
     with pytest.raises(ConfigError, match="5 blocks are to go, and there are 4"):
         DropLayers(blocks=5).reshape(make("resnet14"), bench())
     with pytest.raises(KdctlError, match="no residual block"):

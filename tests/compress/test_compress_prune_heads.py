@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -134,6 +135,23 @@ def test_importance_is_the_slope_of_gates(kind):
         for piece in (0, part.count - 1):
             slopes = (losses(part, piece, 1 + 1e-4) - losses(part, piece, 1 - 1e-4)) / 2e-4
             assert scores[piece] == pytest.approx(float(slopes.abs().mean()), rel=1e-4)
+
+
+def test_samples_without_a_label_count_as_well():
+    """One label among many does not decide alone."""
+    model = make("bert")
+    parts = attentions(model.net)
+    (batch,) = bench(model).batches()
+    batch.targets[1:] = IGNORE
+
+    def sums(*rows: int) -> list[np.ndarray]:
+        some = batch.take(torch.tensor(rows))
+        found = taylor(model, parts, dataclasses.replace(bench(model), batches=lambda: iter([some])), COUNT)
+        return [len(rows) * scores for scores in found]
+
+    for together, *apart in zip(sums(*range(16)), sums(0), sums(*range(1, 16)), strict=True):
+        np.testing.assert_allclose(together, sum(apart), rtol=1e-5)
+        assert (together > 1.5 * apart[0]).all()
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt"])

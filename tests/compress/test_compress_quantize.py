@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from kdctl.compress.base import Workbench
 from kdctl.compress.quantize import Quantize, convolution_share, fewest, matching, take
@@ -97,6 +100,12 @@ def test_convolutions_are_static_and_linears_dynamic(images, tmp_path):
 
 
 def test_convolution_share():
+    class Attending(Linears):
+        def forward(self, images):
+            tokens = self.conv(images)  # of one head, 8 of 8 numbers each
+            return F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+    assert convolution_share(model_of(Attending()), SHAPE) == pytest.approx(576 / (576 + 2 * 8 * 8 * 8))
     assert convolution_share(model_of(Linears()), SHAPE) == pytest.approx(576 / (576 + 64 * 256 + 2560))
     assert convolution_share(model_of(nn.Flatten()), SHAPE) == 0
 
@@ -219,6 +228,15 @@ def test_max_drop_that_holds_keeps_nothing(images, tmp_path):
     _, details = convert(Quantize(), Net(), images, tmp_path, max_drop=50.0)
     assert details["kept"] == [] and "sensitivity" not in details
     assert details["quality_after"] == details["quality_quantized"] < 60
+
+
+def test_max_drop_without_labels_keeps_nothing(images, tmp_path):
+    model, told = model_of(Net()), []
+    own = replace(
+        bench(model, images), quality=lambda _: float("nan"), of_student=lambda: float("nan"), say=told.append
+    )
+    details = Quantize().convert(model, own, SHAPE, tmp_path / "model.onnx", {}, max_drop=0.5)
+    assert details["kept"] == [] and "quality_before" not in details and "no label" in told[0]
 
 
 def test_max_drop_with_nothing_left_to_rank(images, tmp_path):

@@ -114,6 +114,10 @@ VALUES = [
     ("stages: [{}, {kind: export}]", "stages.1.target", "needs a target; allowed: executorch", None),
     ("name: ../x", "name", "a name of letters", None),
     ("name: ..", "name", "a name of letters", None),
+    ("name: groups", "name", "'groups' means something else among runs", "another `name:`"),
+    ("train: {device: tpu}", "train.device", "got 'tpu'; allowed: auto, cpu, cuda, cuda:N or mps", None),
+    ("1: 2", "1", "a key must be text, got 1", "put it in quotes"),
+    ("extend: a.yaml", "extend", "frozen, train, stages, compress, export, extends", "'extends'"),
     ("compress: [{kind: quantize, dtype: int9}]", "compress.0.dtype", "got 'int9'; allowed: 'int8'", "'int8'"),
     ("export: onnx", "export", "got 'onnx'; allowed: a list", None),
 ]
@@ -229,11 +233,25 @@ def test_all_problems_at_once_in_the_order_of_the_file(problems):
         "data: {kind: digits, labels_per_class: some}",
         "losses: [{kind: klx}]",
         "optimizer: {kind: adamw, betas: [0.9]}",
+        "student: {kind: digits_cnn, normalize: {mean: [0.5], std: [0]}}",
+        "losses: [{kind: ce}]\ntask: {kind: clasification}",
+        "teacher: {kind: digits_cnn, train: {}}\ndistill: {}\ntask: {kind: clasification}",
     ],
 )
 def test_one_mistake_is_one_problem(problems, text):
     base = [line for line in BASE.splitlines() if line.split(":")[0] != text.split(":")[0]]
     assert len(problems("\n".join([*base, text]) + "\n")) == 1
+
+
+def test_a_large_bound_is_written_whole(problems):
+    (problem,) = problems(BASE, "data.batch_size=9999999")
+    assert problem.message == "got 9999999; allowed: a number <= 1048576"
+
+
+def test_a_file_called_like_something_among_runs(write):
+    with pytest.raises(ConfigError, match=r"latest\.yaml:1: name: 'latest' means something else among runs"):
+        load_experiment(write(BASE, "latest.yaml"))
+    assert load_experiment(write("name: a\n" + BASE, "latest.yaml")).experiment.name == "a"
 
 
 def test_missing_sections_are_named(problems):

@@ -82,6 +82,7 @@ def test_a_dump_comes_to_the_same(write: Write) -> None:
     [
         ("compress: [{kind: train, name: x}]", "compress.0.kind", "has a kind: prune, low_rank, finetune"),
         ("compress: [{name: x}]", "compress.0.kind", "has a kind: prune, low_rank, finetune"),
+        ("compress: [{kind: finetune, student: {kind: resnet8}}]", "compress.0.student", "that a stage has made"),
         ("compress: [{kind: finetune, role: teacher}]", "compress.0.role", "no role of its own"),
         ("compress: [{kind: finetune, from: fresh}]", "compress.0.from", "starts from the model of a stage"),
         ("compress: [{kind: finetune, epochs: 0}]", "compress.0.epochs", "does nothing"),
@@ -164,6 +165,13 @@ def test_what_stands_on_a_replaced_model_is_made_again(run_config: Path) -> None
     assert [s["name"] for s in yaml.safe_load(second.config)["stages"]] == [
         "teacher", "student", "p", "finetune", "int8",
     ]  # fmt: skip
+
+
+def test_a_replaced_stage_comes_after_what_it_is_made_of_now(run_config: Path) -> None:
+    run_config.write_text(more(run_config, {"kind": "prune", "name": "p"}).config)
+    first = {"kind": "low_rank", "name": "a"}
+    run_config.write_text(more(run_config, first, {"kind": "prune", "name": "p"}).config)
+    assert [s.start for s in load_experiment(run_config, require_files=False).experiment.products] == ["student", "a"]
 
 
 def test_a_name_that_is_given_is_not_taken_by_another(run_config: Path) -> None:

@@ -180,12 +180,51 @@ def test_arguments_of_a_kind_that_a_later_layer_changes_fall_away(write, valid):
         ("optimizer: {kind: sgd, momentum: 0.8, lr: 1}", "optimizer: {kind: adamw, nesterov: true}", []),
         ("", "optimizer: {kind: adamw, momentum: 0.8}", []),
         ("optimizer: {kind: adamw, momentum: 0.8}", "", ["optimizer.kind=adamw"]),  # not changed
+        ("optimizer: {kind: sgd, lr: 1}", "", ["optimizer.kind=adamw", "optimizer.momentum=0.8"]),  # together
+        ("optimizer: {kind: sgd, lr: 1}", "", ["optimizer.momentum=0.8", "optimizer.kind=adamw"]),
+        ("optimizer: {kind: sgd, lr: 1}", "optimizer: {kind: adamw}", ["optimizer.momentum=0.8"]),  # after it
     ],
 )
 def test_other_unknown_arguments_stay_errors(write, valid, base, text, overrides):
     write(f"{valid}{base}\n", "base.yaml")
     with pytest.raises(ConfigError, match="unknown argument of 'adamw'"):
         load_experiment(write(f"extends: base.yaml\n{text}\n"), overrides)
+
+
+def test_arguments_fall_away_over_several_files(write, valid):
+    write(valid + "optimizer: {kind: sgd, lr: 0.3, momentum: 0.8}\n", "root.yaml")
+    write("extends: root.yaml\noptimizer: {kind: adamw, betas: [0.8, 0.9]}\n", "middle.yaml")
+    optimizer = load_experiment(write("extends: middle.yaml\noptimizer: {kind: Adagrad}\n")).experiment.train_stages[-1]
+    assert optimizer.optimizer.arguments["lr"] == 0.3 and not {"momentum", "betas"} & set(optimizer.optimizer.arguments)
+    write("extends: root.yaml\noptimizer: {kind: adamw}\n", "middle.yaml")
+    with pytest.raises(ConfigError, match="unknown argument of 'adamw'"):
+        load_experiment(write("extends: middle.yaml\noptimizer: {momentum: 0.8}\n"))
+
+
+@pytest.mark.parametrize(
+    ("base", "text", "overrides"),
+    [
+        ("distill: {T: 4, alpha: 0.5}", "", ["distill.temperature=3"]),
+        ("distill: {temperature: 4, alpha: 0.5}", "distill: {T: 3}", []),
+        ("losses: [{kind: kd, temperature: 4}]", "", ["losses.kd.T=3"]),
+        ("losses: [{kind: dist, tau: 4}]", "", ["losses.dist.T=3"]),
+    ],
+)
+def test_the_last_layer_wins_by_whatever_name(write, valid, base, text, overrides):
+    write(f"{valid}{base}\n", "base.yaml")
+    loaded = load_experiment(write(f"extends: base.yaml\n{text}\n"), overrides)
+    assert loaded.experiment.train_stages[-1].losses[-1].arguments["temperature"] == 3
+    names = {path[-1]: origin.layer for path, origin in loaded.document.origins.items() if path}
+    assert {names.get(name) for name in ("T", "temperature")} <= {"override" if overrides else "file", None}
+
+
+def test_two_names_in_one_layer_stay_an_error(write, valid):
+    for text, overrides in [
+        ("distill: {T: 4}", ["distill.T=2", "distill.temperature=3"]),
+        ("losses: [{kind: dist, tau: 4, T: 3}]", []),
+    ]:
+        with pytest.raises(ConfigError, match=r"is another name of '(T|temperature)', which is given too"):
+            load_experiment(write(f"{valid}{text}\n"), overrides)
 
 
 def test_paths_are_read_against_their_layer(write, tmp_path, monkeypatch):

@@ -60,7 +60,8 @@ class Predictor(FilePredictor):
     def __init__(self, path, threads):
         told = json.loads(path.read_text())
         print("a greeting on stdout")
-        self.image_shape, self.metadata, self.factor = tuple(told["shape"]), {"threads": threads}, told["factor"]
+        self.image_shape, self.factor = tuple(told["shape"]), told["factor"]
+        self.metadata = {"threads": threads, "record": {"link": "sigmoid"}}
 
     def __call__(self, images):
         if images.max() > 90:
@@ -143,7 +144,8 @@ def predictor(converted):
 
 def test_batches_go_there_and_come_back(predictor):
     assert (predictor.runtime, predictor.image_shape, predictor.num_classes) == ("pretended 1", SHAPE, 2)
-    assert (predictor.class_names, predictor.metadata, predictor.fixed_batch) == (["a", "b"], {"threads": 3}, None)
+    assert (predictor.class_names, predictor.fixed_batch, predictor.link) == (["a", "b"], None, "sigmoid")
+    assert predictor.metadata == {"threads": 3, "record": {"link": "sigmoid"}}
     for n in (1, 50000, 2):
         images = np.random.default_rng(n).random((n, *SHAPE), dtype=np.float32)
         sums = images.sum((1, 2, 3))
@@ -152,7 +154,7 @@ def test_batches_go_there_and_come_back(predictor):
     with pytest.raises(KdctlError, match=r"takes images \(N, 1, 2, 3\); these are \(2, 1, 3, 2\)"):
         predictor(wrong)
     process = predictor._process
-    assert process.poll() is None
+    assert process.poll() is None and os.getpgid(process.pid) == process.pid  # Ctrl-C is for this process alone
     predictor.close()
     assert process.poll() is not None
 

@@ -14,6 +14,7 @@ from kdctl import __version__, runs
 from kdctl.errors import ConfigError, KdctlError, MissingError
 from kdctl.export import manifest
 from kdctl.export import onnx as exporter
+from kdctl.export.base import Learned, Quantization
 from kdctl.export.onnx import Onnx, OnnxPredictor, inspect, record_metadata
 from kdctl.models.record import ModelRecord, build_model
 
@@ -162,3 +163,20 @@ def test_manifest_tells_a_damaged_artefact(exported, tmp_path):
     (tmp_path / manifest.NAME).unlink()
     with pytest.raises(MissingError, match="not an artefact"):
         manifest.verify(tmp_path)
+
+
+@pytest.mark.parametrize("channels", [4, 1])
+def test_a_bias_that_learnt_steps_are_too_small_for_holds(tmp_path, channels):
+    """In steps of input and weight it would have more than 32 bits."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 80, 4)).eval()
+    scale = np.full(4, 1e-9, np.float32) if channels == 4 else np.float32(1e-9)
+    with torch.no_grad():
+        net[0].weight.mul_(1e-7)
+        net[0].bias.copy_(torch.tensor([1.0, 2.0, 0.0, 0.5]))
+    images = np.random.default_rng(0).random((20, *SHAPE), dtype=np.float32)
+    learned = {"0": Learned(scale, 8, (0.0, 1.0), 8)}
+    Onnx().convert(net, SHAPE, tmp_path / "model.onnx", {}, Quantization(images=images, learned=learned))
+    with torch.no_grad():
+        expected = net(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(OnnxPredictor(tmp_path / "model.onnx", 1)(images), expected, atol=0.05)

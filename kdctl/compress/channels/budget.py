@@ -54,7 +54,12 @@ class Ranking:
         return self.round_to // math.gcd(self.round_to, self.groups[index].width)
 
     def rounded(self, index: int, wanted: float) -> int:
-        """How many units of a group are removed where `wanted` were to be: what stays is a multiple, the nearest."""
+        """How many units of a group are removed where `wanted` were to be: what stays is a multiple, the nearest.
+
+        None are where none were to be, also of a group whose whole width is no multiple.
+        """
+        if wanted <= 0:
+            return 0
         count, step = len(self.groups[index].units), self.step(index)
         stay = math.floor((count - wanted) / step + 0.5) * step
         return count - min(count, max(stay, step * math.ceil(LEAST * count / step)))

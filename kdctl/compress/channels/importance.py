@@ -100,7 +100,7 @@ def _taylor(model: Model, channels: Channels, bench: Workbench, samples: int, si
     takers = [layer for layer in channels.layers if layer.inputs is not None]
     weights: list[Any] = [copied.net.get_submodule(layer.path).weight for layer in takers]
     total = np.zeros(size)
-    for batch in micro_batches(bench.batches(), samples):
+    for batch in micro_batches(_labelled(bench.batches()), samples):
         copied.zero_grad(set_to_none=True)
         signals = bench.task.signals(bench.task.forward(copied, batch), batch)
         with torch.enable_grad():
@@ -118,8 +118,17 @@ def _taylor(model: Model, channels: Channels, bench: Workbench, samples: int, si
     return total
 
 
+def _labelled(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """What has a label of batches in which that comes first."""
+    for batch in batches:
+        rows = batch.labelled()
+        if not rows.any():
+            return
+        yield batch.take(rows)
+
+
 def micro_batches(batches: Iterator[Batch], samples: int) -> Iterator[Batch]:
-    """Small batches of the first `samples` labelled ones."""
+    """Small batches of the first `samples`."""
     seen = 0
     for batch in batches:
         for part in batch.micro_batches(-(-batch.size // MICRO_BATCH)):
