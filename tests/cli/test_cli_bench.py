@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import os
 import time
 
@@ -177,4 +178,5 @@ def test_a_run_that_is_not_there(run, home):
     for name in ("run.json", "config.yaml"):
         (home / "runs/new/001" / name).write_bytes((home / "runs/mine/001" / name).read_bytes())
     code, _, err = run("new")
+    shutil.rmtree(home / "runs/new")  # else it would be the latest run of the tests after this one
     assert code == 4 and "no finished student yet" in err
