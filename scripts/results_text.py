@@ -37,8 +37,9 @@ def _divergence(kind: str) -> tuple[str, ...]:
     return (f"losses=[{{kind: ce, weight: 0.5}}, {{kind: {kind}, weight: 0.5}}]",)
 
 
-_ALONE = ("teacher=null", "teacher_cache=null", "losses=null", "student.pooling=mean", "optimizer.lr=1e-3")
-_ALONE += ("train.epochs=6",)
+_ALONE = (
+    "teacher=null", "teacher_cache=null", "losses=null", "student.pooling=mean", "optimizer.lr=1e-3", "train.epochs=6",
+)  # fmt: skip
 """The student without a teacher in the settings of sst2_best.yaml, which are not those of sst2_student.yaml."""
 
 FAMILIES: dict[str, list[Method]] = {

@@ -30,11 +30,11 @@ def make_model(kind: str, layout: str = "contiguous") -> Model:
     normalize = {"mean": [0.5] * 3, "std": [0.25] * 3}
     names = [str(number) for number in range(CLASSES)]
     model = build_model(ModelRecord(kind, {}, CLASSES, names, [3, 32, 32], normalize)).eval()
-    return model.to(memory_format=torch.channels_last) if layout == "channels_last" else model
+    return model.to(memory_format=torch.channels_last) if layout == "channels_last" else model  # type: ignore[call-overload]
 
 
 def final(model: Model, split: ArraySplit, task: Task, batch: int) -> None:
-    evaluate.metrics(evaluate.predict(evaluate.TorchPredictor(model), split, batch), task)
+    evaluate.metrics(evaluate.predict(evaluate.TorchPredictor(model), split, task, batch), task)
 
 
 def in_training(model: Model, split: ArraySplit, task: Task, batch: int, precision: str) -> None:

@@ -77,7 +77,7 @@ def main() -> None:
         before = model.reference
         say("measuring")
         measured = dict(zip(contenders, model.measure(list(contenders.values()), SHAPE, chosen.seconds), strict=True))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "net": name, "predicted_ms": predicted[name], "measured_ms": measured[name],
             "error_percent": 100 * (predicted[name] / measured[name] - 1),

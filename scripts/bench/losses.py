@@ -78,7 +78,7 @@ class Term:
         if self.loss.sees_members:
             from dataclasses import replace
 
-            teacher = replace(teacher, members=[teacher, teacher])
+            teacher = replace(teacher, members=(teacher, teacher))
             self.loss.taps = tuple((tap, tap) for tap in taps for _ in range(2))
         nets = [Net(), Net()]
         self.loss.setup(DryRun(Classification(), batch, student, teacher, NUM_SAMPLES, nets[0], nets))

@@ -215,7 +215,7 @@ def main() -> None:
         cells = take_turns(bench.contenders(), options.rounds)
     rows = summarise(cells)
     show(rows)
-    versions = next((c[0]["versions"] for c in cells.values() if "versions" in c[0]), {})
+    versions: dict[str, str] = next((c[0]["versions"] for c in cells.values() if "versions" in c[0]), {})
     document = {
         "conditions": surroundings, "date": datetime.date.today().isoformat(), "rounds": options.rounds,
         "steps": options.steps, "batch": BATCH, "mean_padded_length": float(np.mean(bench.lengths)),

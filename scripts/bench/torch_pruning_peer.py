@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -23,11 +24,14 @@ from torch.nn import functional as F
 from kdctl import build
 from kdctl.bench import cost
 from kdctl.config.expand import load_experiment
+from kdctl.config.schema import Experiment
 from kdctl.data.augment import Augment
 from kdctl.data.loader import TrainLoader
+from kdctl.data.prepare import Data
 from kdctl.evaluate import TorchPredictor, metrics, predict
 from kdctl.models.record import Model
 from kdctl.registry import create
+from kdctl.tasks.base import Task
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "compression" / "prune_recover.yaml"
 SHAPE = (3, 32, 32)
@@ -61,8 +65,9 @@ def _prune(model: Model, goal: int) -> Model:
     for path, module in list(pruned.net.named_modules()):
         if type(module).__name__ == "PadShortcut":
             parent, _, name = path.rpartition(".")
-            channels = pruned.net.get_submodule(parent).conv1.in_channels
-            setattr(pruned.net.get_submodule(parent), name, _as_convolution(module, channels))
+            block: Any = pruned.net.get_submodule(parent)
+            channels = block.conv1.in_channels
+            setattr(block, name, _as_convolution(module, channels))
     example = torch.zeros(1, *SHAPE)
     pruner = tp.pruner.BasePruner(
         pruned, example, importance=tp.importance.GroupMagnitudeImportance(p=1), global_pruning=True,
@@ -73,7 +78,7 @@ def _prune(model: Model, goal: int) -> Model:
     return pruned
 
 
-def _as_convolution(shortcut: torch.nn.Module, channels: int) -> torch.nn.Conv2d:
+def _as_convolution(shortcut: Any, channels: int) -> torch.nn.Conv2d:
     before, after = shortcut.padding[4:6]
     conv = torch.nn.Conv2d(channels, before + channels + after, 1, shortcut.stride, bias=False)
     with torch.no_grad():
@@ -82,7 +87,7 @@ def _as_convolution(shortcut: torch.nn.Module, channels: int) -> torch.nn.Conv2d
     return conv
 
 
-def _train(model: Model, data: build.Data, experiment: object, seed: int, epochs: int) -> float:
+def _train(model: Model, data: Data, experiment: Experiment, seed: int, epochs: int) -> float:
     steps = [create("augment", s.kind, s.arguments) for s in experiment.data.augment]
     loader = TrainLoader(
         data.train, batch_size=128, augment=Augment(steps, seed=0), views="fresh", order_seed=seed,
@@ -106,8 +111,8 @@ def _train(model: Model, data: build.Data, experiment: object, seed: int, epochs
     return time.monotonic() - start
 
 
-def _measure(model: Model, data: build.Data, task: object) -> dict[str, object]:
-    said = predict(TorchPredictor(model), data.test, 512)
+def _measure(model: Model, data: Data, task: Task) -> dict[str, Any]:
+    said = predict(TorchPredictor(model), data.split("test"), task, 512)
     return {
         "metrics": metrics(said, task), "macs": cost.macs(model, SHAPE), "parameters": cost.parameters(model.net),
     }  # fmt: skip
