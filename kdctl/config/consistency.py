@@ -183,6 +183,8 @@ def _check_finetune(file: ExperimentFile, path: KeyPath, stage: TrainStage, earl
         yield (*path, "from"), "a finetune starts from the model of a stage", f"one of {', '.join(earlier)}"
     if stage.epochs == 0:
         yield (*path, "epochs"), "a finetune of no epochs does nothing", "epochs: 5"
+    if stage.early_stop is not None and file.data.val_fraction == 0:
+        yield (*path, "early_stop"), "early stopping needs a validation split", "set data.val_fraction"
     yield from check_losses((*path, "losses"), stage.losses)
     for place, spec in teachers_of((*path, "teacher"), stage.teacher):
         yield from _check_teacher(place, spec, True)

@@ -101,6 +101,14 @@ def test_what_is_wrong_is_said(write: Write, text: str, key: str, message: str) 
     assert key in found and message in found[key]
 
 
+def test_a_finetune_stops_early_by_a_validation_split_alone(write: Write) -> None:
+    path = write(TAUGHT + "compress: [{kind: finetune, early_stop: 2}]\n")
+    load_experiment(path)
+    with pytest.raises(ConfigError, match="needs a validation split") as error:
+        load_experiment(path, ["data.val_fraction=0"])
+    assert error.value.problems[0].key == "compress.0.early_stop"
+
+
 def test_a_student_is_trained_first(write: Write) -> None:
     with pytest.raises(ConfigError, match="no student yet to compress"):
         load_experiment(write("data: {kind: digits}\nstudent: {kind: mlp}\nstages: [{kind: prune}, {kind: train}]\n"))
