@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
-import importlib.util
+import importlib.util  # and importlib itself
 import inspect
 import os
 import re

@@ -27,7 +27,7 @@ from kdctl.methods.data_free import DataFree, Synthetic
 from kdctl.methods.synthesis import (
     PRESETS,
 )  # fmt: skip
-from kdctl.methods.synthesizer import Sizes, Synthesizer
+from kdctl.methods.synthesizer import Synthesizer
 from kdctl.models.record import Model, ModelRecord, build_model, load_model
 from kdctl.signals import CLEAN, IGNORE
 from kdctl.tasks.classification import Classification
@@ -65,33 +65,6 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 
 def trained(experiment: Experiment) -> runs.Run:
     return runs.Run(Path(train(Plan(experiment, ""), Reporter())["run"]))
-
-
-def model(width: int, seed: int, normalize: dict[str, list[float]] | None = None) -> Model:
-    """A net with batch normalisation whose statistics are not those that it starts with, and that sees many classes."""
-    torch.manual_seed(seed)
-    record = ModelRecord("digits_cnn", {"width": width}, 10, [str(i) for i in range(10)], SHAPE, normalize)
-    made = build_model(record)
-    made.train()
-    for _ in range(5):
-        made(torch.rand(32, *SHAPE))
-    made.eval().requires_grad_(False)
-    fc: Any = made.net.fc
-    fc.weight *= 5
-    fc.bias -= made(torch.rand(64, *SHAPE)).mean(0)
-    return made
-
-
-TEACHER = {"mean": [0.3], "std": [0.4]}
-
-
-def synthesizer(preset: str, meta: Any = "fomaml", **changed: Any) -> Synthesizer:
-    recipe = replace(PRESETS[preset], **{"g_steps": 2, "inversion_steps": 3, "latent": 6, "warmup": 0} | changed)
-    student = model(6, 0).requires_grad_(True)
-    torch.manual_seed(2)
-    with torch.no_grad():  # near enough to the teacher to agree on some images
-        student.net.get_parameter("fc.weight").add_(0.2 * torch.randn(10, 12))
-    return Synthesizer(recipe, Sizes(12, 4, 30, 30, 20), model(6, 0, TEACHER), student, SHAPE, CPU, meta=meta)
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
@@ -248,7 +221,7 @@ def test_refuses_what_cannot_work(preset: str, override: str, said: str, experim
 
 
 def test_refuses_to_invert_no_teacher() -> None:
-    student = model(4, 0)
+    student = build_model(ModelRecord("digits_cnn", {"width": 4}, 10, [str(i) for i in range(10)], [1, 8, 8]))
     with pytest.raises(ConfigError, match="are 0"):
         DataFree().prepare(student, [], lambda number: student)
     bare = Model(nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), student.record)
