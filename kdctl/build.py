@@ -13,7 +13,7 @@ from torch import nn
 from kdctl import ranks, registry, sharding
 from kdctl.assembly.inherit import inherit
 from kdctl.assembly.models import build_model, build_teachers, check_causal, check_fits, check_teacher, seed_everything
-from kdctl.assembly.terms import build_terms, check_accumulation, check_taps, dry_run, teacher_taps
+from kdctl.assembly.terms import build_terms, check_accumulation, check_labels, check_taps, dry_run, teacher_taps
 from kdctl.config.schema import Experiment, RunSettings, TrainStage
 from kdctl.data.augment import Augment
 from kdctl.data.loader import TrainLoader
@@ -144,6 +144,7 @@ def build_stage(
     loader = method.loader(build_loader(experiment, stage, data, device))
     terms = build_terms(stage.losses, len(loader), stage.ensemble, len(models))
     check_accumulation(terms, stage)
+    check_labels(terms, data.train)
     check_taps(stage.losses, student, models)
     first = _on_cpu(loader.few(_DRY_RUN_SAMPLES))
     taps = [teacher_taps(stage, number) for number in range(max(len(models), 1))]

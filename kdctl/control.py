@@ -9,10 +9,13 @@ from typing import Any
 
 from kdctl import ranks, registry, runs
 from kdctl.config.schema import Component, DataSpec, Experiment, LossSpec, ModelSpec, TapPair, TeacherSpec, TrainStage
+from kdctl.data.prepare import Data
 from kdctl.errors import ConfigError, Problem, UsageError, did_you_mean
 from kdctl.losses.base import Loss
 from kdctl.methods.base import Method
 from kdctl.runs import Run
+from kdctl.signals import IGNORE
+from kdctl.tasks.base import Task
 
 SHARED = "teachers"
 """The folder of a run that holds the teachers which another run of its group trained."""
@@ -55,10 +58,10 @@ def parse_controls(text: str) -> list[str]:
     return [name for name in CONTROLS if name in named]
 
 
-def check_controls(experiment: Experiment, names: Sequence[str]) -> None:
-    """Raises ConfigError, before anything is trained, where a control cannot be made of an experiment."""
+def check_controls(experiment: Experiment, names: Sequence[str], data: Data) -> None:
+    """Raises ConfigError, before anything is trained, where a control cannot be made of an experiment and its data."""
     if names:
-        control(experiment)
+        _check_labels(control(experiment), data)
     if "label_smoothing" in names:
         _smoothed(experiment)
     taught = any(stage.teachers for stage in _student_stages(experiment))
@@ -71,6 +74,15 @@ def check_controls(experiment: Experiment, names: Sequence[str]) -> None:
             _check_replaced(experiment, stage, names)
 
 
+def _check_labels(alone: Experiment, data: Data) -> None:
+    """Refuses a student alone that no label would teach."""
+    for stage in alone.train_stages:
+        told = any(not _class(spec).needs_targets for spec in stage.losses)
+        if not told and not bool((data.for_stage(stage.data).train.strata != IGNORE).any()):
+            message = "no training sample has a label: without a teacher the student would learn nothing"
+            raise ConfigError(Problem(message, key="data", hint="leave out the controls, or label some samples"))
+
+
 def _check_replaced(experiment: Experiment, stage: TrainStage, names: Sequence[str]) -> None:
     """Refuses another teacher for a stage that cannot have it."""
     size = stage.data.batch_size or experiment.data.batch_size
@@ -78,8 +90,7 @@ def _check_replaced(experiment: Experiment, stage: TrainStage, names: Sequence[s
         message = f"a batch of {size} samples in {stage.accumulate * ranks.current().size} parts leaves no other sample"
         hint = "shuffled_labels gives answers to the next sample of a part: leave it out, or take larger batches"
         raise ConfigError(Problem(message, key="data.batch_size", hint=hint))
-    method: type[Method] = registry.load(registry.find("methods", stage.method.kind))
-    if "self" in names and method.prepare is not Method.prepare:
+    if "self" in names and _method(stage).prepare is not Method.prepare:
         message = f"the method {stage.method.kind} fits student and teacher to each other, and not to the baseline"
         raise ConfigError(Problem(message, key="method", hint="leave self out of --controls"))
 
@@ -96,22 +107,27 @@ def control(experiment: Experiment) -> Experiment:
 
     A method that rounds or prunes what the student computes with stays; any other is `distill`.
 
-    A stage that had teacher terms alone trains on the task's own loss for as long. Raises ConfigError when no stage of
-    the student has a term without a teacher.
+    A stage that had no weight on labels, teacher terms alone or alpha 1, trains on the task's own loss: a student that
+    nothing trains would fake a gain. Raises ConfigError where the task has no such loss and no other term is left, and
+    where the images are made of the teacher.
     """
     mine = _student_stages(experiment)
-    if not any(_alone(stage.losses) for stage in mine):
-        hint = "the control needs a term without a teacher, for example {kind: ce, weight: 0.1}"
-        if experiment.task.kind == "sentence_embedding":
-            hint = "embeddings have no such term: compare with the untrained student, as docs/text.md says"
+    if all(_method(stage).makes_samples for stage in mine):
+        message = f"the method {mine[0].method.kind} makes its samples of the teacher, and without one there are none"
+        hint = "leave the controls out; a student of real data is an experiment of its own"
+        raise ConfigError(Problem(message, key="method", hint=hint))
+    task: type[Task] = registry.load(registry.find("tasks", experiment.task.kind))
+    graded = task.link != "embedding"  # embeddings have no truth to be graded by
+    if not graded and not any(_alone(stage.losses) for stage in mine):
+        hint = "embeddings have no such term: compare with the untrained student, as docs/text.md says"
         raise ConfigError(Problem("no term is left without the teacher", key="losses", hint=hint))
     names = {stage.name for stage in mine}
     stages: list[Any] = []
     for stage in inheriting_nothing(mine):
-        losses = _alone(stage.losses) or [LossSpec(kind="supervised")]
+        losses = _graded(stage.losses) if graded else _alone(stage.losses) or [LossSpec(kind="supervised")]
         update: dict[str, Any] = {"teacher": None, "losses": losses, "balance": "none"}
         update["ensemble"] = Component(kind="mean_logits")
-        if not registry.load(registry.find("methods", stage.method.kind)).shapes_student:  # type: ignore[attr-defined]
+        if not _method(stage).shapes_student:
             update["method"] = Component(kind="distill")
         if stage.student is not None and stage.student.stage not in (None, *names):  # an assistant, which is not made
             update["student"] = stage.student.model_copy(update={"stage": None})
@@ -151,16 +167,25 @@ def inheriting_nothing(stages: Sequence[TrainStage]) -> list[TrainStage]:
 
 
 def _alone(losses: Sequence[LossSpec]) -> list[LossSpec]:
-    """The terms without a teacher. The supervised ones weigh 1 together: leaving ce at 0.1 would fake a gain."""
-    kept = [(spec, _class(spec)) for spec in losses if not _class(spec).needs_teacher]
-    total = sum(_final(spec) for spec, loss in kept if loss.needs_targets)
+    """The terms without a teacher, as they are."""
+    return [spec for spec in losses if not _class(spec).needs_teacher]
+
+
+def _graded(losses: Sequence[LossSpec]) -> list[LossSpec]:
+    """The terms without a teacher. Those on labels weigh 1 together: leaving ce at 0.1 would fake a gain."""
+    kept = [(spec, _class(spec).needs_targets) for spec in _alone(losses)]
+    total = sum(_final(spec) for spec, on_labels in kept if on_labels)
     if total <= 0:
-        return [spec for spec, _ in kept]
-    return [_scaled(spec, 1 / total) if loss.needs_targets else spec for spec, loss in kept]
+        return [LossSpec(kind="supervised"), *(spec for spec, on_labels in kept if not on_labels)]
+    return [_scaled(spec, 1 / total) if on_labels else spec for spec, on_labels in kept]
 
 
 def _class(spec: LossSpec) -> type[Loss]:
     return registry.load(registry.find("losses", spec.kind))
+
+
+def _method(stage: TrainStage) -> type[Method]:
+    return registry.load(registry.find("methods", stage.method.kind))
 
 
 def _final(spec: LossSpec) -> float:

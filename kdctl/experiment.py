@@ -64,11 +64,11 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
         run = _create_run(experiment, plan.source, "main", None, plan.run_dir, agents=plan.agents)
         reporter.say(f"run {run}")
         return _run_new(run, experiment, reporter, data)
-    check_controls(experiment, plan.controls)
     if not bool((data.split(data.measured).strata != IGNORE).any()):
         message = "no sample has a label, and the runs of a group are compared by a metric"
         hint = "single runs, train.seed=1, need none: leave out --seeds and --controls"
         raise ConfigError(Problem(message, key="data", hint=hint))
+    check_controls(experiment, plan.controls, data)
     members = _members(range(experiment.train.seed, experiment.train.seed + plan.seeds), plan.controls)
     document = {
         "format": runs.FORMAT, "name": experiment.name, "source": plan.source, "agents": plan.agents,

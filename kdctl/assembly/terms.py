@@ -13,13 +13,14 @@ import torch
 
 from kdctl import registry
 from kdctl.config.schema import Component, LossSpec, TapPair, TrainStage
+from kdctl.data.base import Split
 from kdctl.errors import ConfigError, Problem, counted
 from kdctl.losses.base import DryRun, Loss
 from kdctl.losses.tokens import check_padding
 from kdctl.methods.base import Term
 from kdctl.models.record import Model
 from kdctl.optim.schedules import WeightSchedule
-from kdctl.signals import Batch, Signals
+from kdctl.signals import IGNORE, Batch, Signals
 from kdctl.taps import Taps
 from kdctl.taps import check as check_tap
 from kdctl.tasks.base import Task
@@ -223,6 +224,13 @@ def check_accumulation(terms: Sequence[Term], stage: TrainStage) -> None:
             message = f"the term compares the samples of a batch, and accumulate is {stage.accumulate}"
             hint = "micro-batches would change this loss: set accumulate to 1 and batch_size to what fits"
             raise ConfigError(Problem(message, key=f"losses.{term.name}", hint=hint))
+
+
+def check_labels(terms: Sequence[Term], train: Split) -> None:
+    """Refuses terms that learn from labels alone where no training sample has one."""
+    if terms and all(term.loss.needs_targets for term in terms) and not bool((train.strata != IGNORE).any()):
+        message = "no training sample has a label, and every term learns from labels"
+        raise ConfigError(Problem(message, key="data", hint="label some samples, or add a term such as kd"))
 
 
 def _detached(signals: Signals) -> Signals:

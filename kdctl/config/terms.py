@@ -26,6 +26,8 @@ def teachers_of(path: KeyPath, given: TeacherSpec | list[TeacherSpec] | None) ->
 
 
 def check_losses(path: KeyPath, losses: Sequence[LossSpec]) -> Iterator[Finding]:
+    if losses and all(_weighs_nothing(loss) for loss in losses):
+        yield path, "every term weighs 0: nothing would be learnt", "give one of them a weight"
     labels = Counter(loss.label for loss in losses)
     for index, loss in enumerate(losses):
         if labels[loss.label] > 1:
@@ -36,6 +38,10 @@ def check_losses(path: KeyPath, losses: Sequence[LossSpec]) -> Iterator[Finding]
             yield (*path, index), message, f"for example taps: [layer1, layer2]; {_WHERE_TAPS}"
         if needs_taps is False and loss.taps:
             yield (*path, index, "taps"), f"'{loss.kind}' takes no taps", "remove them"
+
+
+def _weighs_nothing(loss: LossSpec) -> bool:
+    return not any(loss.weight.values() if isinstance(loss.weight, dict) else [loss.weight])
 
 
 def check_links(file: ExperimentFile) -> Iterator[Finding]:

@@ -73,6 +73,8 @@ class Method:
     """Whether the gradient of a step is one, so that its norm can be clipped and its scale undone as a whole."""
     shapes_student: ClassVar[bool] = False
     """Whether it changes what the student computes with, teacher or not, so that its controls are trained by it too."""
+    makes_samples: ClassVar[bool] = False
+    """Whether it trains on samples that it makes of the teacher, and on none of the data."""
     finetune_optimizer: ClassVar[dict[str, Any]] = {}
     """The optimizer of a `finetune` with this method that names none; empty: the experiment's, slowed down."""
     smoke: ClassVar[dict[str, Any]] = {}

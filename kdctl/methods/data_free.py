@@ -89,6 +89,7 @@ class DataFree(Distill):
     """
 
     parallel: ClassVar[bool] = False
+    makes_samples: ClassVar[bool] = True
     smoke: ClassVar[dict[str, Any]] = {"steps": 2, "g_steps": 1, "inversion_steps": 1, "warmup": 0}
 
     def __init__(

@@ -156,6 +156,7 @@ CONSISTENCY = [
     ("distill: {}", "distill", "no teacher to distil from"),
     ("losses: [{kind: kd}]", "losses.0", "'kd' needs a teacher"),
     ("losses: []", "losses", "no term to train with"),
+    ("losses: [{kind: ce, weight: 0}, {kind: tf_reg, weight: {0: 0, 5: 0}}]", "losses", "every term weighs 0"),
     ("losses: [{kind: ce}, {kind: supervised}]", "losses.0", "2 terms are called 'supervised'"),
     (TEACHER + "distill: {}\nlosses: [{kind: ce}]", "distill", "give one of them"),
     (TEACHER + "losses: [{kind: at}]", "losses.0", "needs taps"),

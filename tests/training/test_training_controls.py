@@ -251,7 +251,7 @@ def test_names_of_controls_are_read() -> None:
 @pytest.mark.parametrize(
     ("overrides", "name", "says"),
     [
-        (("distill=null", "losses=[{kind: kd}]"), "baseline", "no term is left"),
+        (("distill=null", "losses=[{kind: kd}]", "method.kind=data_free"), "baseline", "makes its samples"),
         (("distill=null", "losses=[{kind: ce, label_smoothing: 0.1}, {kind: kd}]"), "label_smoothing", "would be the"),
         (("distill=null", "teacher=null", "losses=[{kind: ce}]"), "self", "this experiment has none"),
         (("distill=null", "teacher=null", "losses=[{kind: ce}]"), "shuffled_labels", "this experiment has none"),

@@ -16,6 +16,7 @@ import torch
 from kdctl import build
 from kdctl.config.expand import load_experiment
 from kdctl.config.schema import Experiment
+from kdctl.control import control
 from kdctl.data.tokenizer import Tokenizer
 from kdctl.errors import ConfigError
 from kdctl.evaluate import evaluate_run
@@ -102,6 +103,11 @@ def test_no_text_needs_a_label(run_it: Callable[..., Any], folder: Path) -> None
     assert document["agreement"] >= 0
     data = build.build_data(load_run(run))
     assert data.class_names == [] and len(data.train) == 80
+
+
+def test_without_its_teacher_nothing_is_left_to_learn(experiment: Callable[..., Experiment]) -> None:
+    with pytest.raises(ConfigError, match="no term is left without the teacher"):
+        control(experiment(text=FILE))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from kdctl import build, pipeline, runs
 from kdctl.cli import app
 from kdctl.config.schema import Experiment
 from kdctl.control import control
-from kdctl.data.digits import Digits
 from kdctl.errors import ConfigError, Interrupted, MissingError
 from kdctl.evaluate import evaluate_run
 from kdctl.experiment import Plan, load_run, resume, train
@@ -379,31 +378,3 @@ def test_a_signal_during_the_measurement_stops_the_group(
     assert first.info["status"] == "interrupted" and (first / "summary.json").exists()
     resume(first, Reporter())
     assert len(measured) == 2 and first.info["status"] == "done"
-
-
-UNLABELLED = """
-name: small
-data: {kind: npz, path: d.npz}
-teacher: {kind: digits_cnn, width: 8, train: {epochs: 8}}
-student: {kind: digits_cnn, width: 4}
-distill: {T: 4, alpha: 0.9}
-optimizer: {kind: adamw, lr: 0.01}
-train: {epochs: 2, device: cpu, threads: 1}
-"""
-
-
-def test_a_test_split_without_labels_is_not_what_is_measured(folder: Path, run_it: Callable[..., Any]) -> None:
-    digits = Digits().load()
-    arrays = {"x_train": digits.train.images[:300].numpy()[:, 0], "y_train": digits.train.targets[:300].numpy()}
-    arrays |= {"x_test": digits.train.images[300:400].numpy()[:, 0], "y_test": np.full(100, -100)}
-    np.savez(folder / "d.npz", **arrays)
-    text = UNLABELLED
-    run, group = run_it("train.epochs=1", text=text, seeds=2, controls=("baseline",))
-    assert "the test split has no label: validation stands in for it" in group["notes"]
-    assert group["summary"]["gain"]["n"] == 2 and "test" not in runs.read_json(run / "summary.json")["student"]["last"]
-    arrays |= {"y_train": np.full(300, -100), "class_names": np.array(list("0123456789"))}
-    np.savez(folder / "d.npz", **arrays)
-    alone = ("data.val_fraction=0", "teacher.train=null", "teacher.control=true", "distill.alpha=1")
-    with pytest.raises(ConfigError, match="no sample has a label, and the runs of a group"):
-        run_it("train.epochs=1", *alone, text=text, seeds=2)
-    assert run_it("train.epochs=1", *alone, text=text)[1]["status"] == "done"

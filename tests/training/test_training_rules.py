@@ -195,9 +195,19 @@ def test_student_and_control_start_alike_and_see_the_same_pixels(experiment: Cal
         assert torch.equal(x.inputs, y.inputs) and torch.equal(x.targets, y.targets)
 
 
-def test_without_a_supervised_term_there_is_no_control(experiment: Callable[..., Experiment]) -> None:
-    with pytest.raises(ConfigError, match="no term is left"):
-        control(experiment("distill=null", "losses=[{kind: kd}]"))
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("distill.alpha=1",),
+        ("distill=null", "losses=[{kind: kd}]"),
+        ("distill=null", "losses=[{kind: ce, weight: {0: 1, 1: 0}}, {kind: dkd}]"),
+    ],
+)
+def test_a_student_of_its_teacher_alone_is_compared_with_one_of_its_labels(
+    experiment: Callable[..., Experiment], changed: tuple[str, ...]
+) -> None:
+    (alone,) = control(experiment(*changed)).train_stages
+    assert [(term.kind, term.weight) for term in alone.losses] == [("supervised", 1.0)] and alone.teacher is None
 
 
 def test_a_group_trains_its_teacher_once_and_pairs_its_seeds(run_it: Callable[..., Any]) -> None:
