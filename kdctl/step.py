@@ -17,7 +17,7 @@ from kdctl.build import Built
 from kdctl.clock import Clock
 from kdctl.config.schema import TrainStage
 from kdctl.device import autocast
-from kdctl.errors import DivergedError, OutOfMemoryError, Problem, is_out_of_memory
+from kdctl.errors import ConfigError, DivergedError, OutOfMemoryError, Problem, is_out_of_memory
 from kdctl.methods.base import Method
 from kdctl.shares import balancing_factors, gradients, shares
 from kdctl.signals import Batch
@@ -162,7 +162,14 @@ class Step:
         return min(self.parts, int(self._ranks.total(torch.tensor(batch.size))) // self._ranks.size)
 
     def _forward(self, batch: Batch, epoch: float) -> dict[str, Tensor]:
-        return self.built.method.step(batch, epoch) if self._shared is None else self._shared(batch, epoch)
+        try:
+            return self.built.method.step(batch, epoch) if self._shared is None else self._shared(batch, epoch)
+        except ValueError as error:  # torch's own check
+            if batch.size > 1 or "more than 1 value per channel" not in str(error):
+                raise
+            message = "batch normalisation has no statistics of a single sample, and a micro-batch is of one"
+            hint = "fewer micro-batches (train.accumulate) or processes, or a larger data.batch_size"
+            raise ConfigError(Problem(message, key="data.batch_size", hint=hint)) from None
 
     def _syncing(self, last: bool) -> contextlib.AbstractContextManager[object]:
         """Processes exchange gradients once a step: with the last micro-batch. Sharded ones do with each, for

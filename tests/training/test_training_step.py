@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from kdctl import build
 from kdctl.config.schema import Experiment
 from kdctl.data.loader import TrainLoader
+from kdctl.errors import ConfigError
 from kdctl.models.record import load_model, save_model
 from kdctl.signals import IGNORE, find_logits
 
@@ -65,3 +66,24 @@ def test_weights_move_by_the_mean(
             new, old - 0.5 * old.grad, rtol=1e-4, atol=1e-6, msg=lambda said, n=name: f"{n}: {said}"
         )
     assert not torch.equal(next(before.parameters()), next(after.parameters()))
+
+
+NORMALISED = """
+from torch import nn
+
+
+class Normalised(nn.Sequential):
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, num_classes))
+"""
+
+
+@pytest.mark.parametrize(
+    "student", ["student={kind: ./own.py:Normalised}", "method={kind: one, branches: 2, at: layer3}"]
+)
+def test_a_micro_batch_of_one_sample_has_no_statistics(student: str, folder: Path, run_it: Callable[..., Any]) -> None:
+    (folder / "own.py").write_text(NORMALISED)
+    asked = (student, "data.batch_size=12", "data.labels_per_class=all")
+    assert run_it(*asked, "train.accumulate=6", text=DIGITS)[1]["status"] == "done"
+    with pytest.raises(ConfigError, match="no statistics of a single sample"):
+        run_it(*asked, "train.accumulate=12", text=DIGITS)
