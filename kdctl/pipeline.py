@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kdctl import build, cache, checkpoint, ranks, registry, runs, sharding
+from kdctl.artefacts.ahead import check_ahead
 from kdctl.artefacts.make import make
 from kdctl.artefacts.measure import check_gates, gated
 from kdctl.artefacts.yardstick import Yardstick
@@ -27,7 +28,7 @@ from kdctl.errors import Interrupted, MissingError, Problem, counted
 from kdctl.evaluate import ask, metrics
 from kdctl.fit import Progress, fit
 from kdctl.loggers.base import Listeners
-from kdctl.models.record import build_model, load_model, save_model
+from kdctl.models.record import Model, build_model, load_model, save_model
 from kdctl.provenance import write_provenance
 from kdctl.report.card import write_card
 from kdctl.runs import Run
@@ -91,6 +92,8 @@ def _run_stages(
 ) -> dict[str, Any]:
     if data.tokenizer is not None:
         runs.write_text(run / TOKENIZER, data.tokenizer)
+    if not (run / "summary.json").exists():
+        check_ahead(experiment, lambda: _as_it_begins(experiment, data))
     for stage in experiment.train_stages:
         if stage.role != "compressed" and run.info["stages"].get(stage.name) != "done":
             _train(run, experiment, stage, data, reporter, stop)
@@ -102,6 +105,13 @@ def _run_stages(
         made = run_products(yardstick, [stage.name for stage in experiment.products], reporter, stop)
     write_card(run)
     return runs.read_json(run / "summary.json") | {"artefacts": made}
+
+
+def _as_it_begins(experiment: Experiment, data: Data) -> Model:
+    """The student that is shipped, before it trains; of a model that another stage makes, the net alone."""
+    spec = experiment.student_stage.student or experiment.student
+    with torch.random.fork_rng([]):
+        return build.build_model(spec.model_copy(update={"weights": None, "stage": None}), data, "student")
 
 
 def run_products(

@@ -54,6 +54,13 @@ class Compression:
     makes: ClassVar[str]
     smoke: ClassVar[dict[str, Any]] = {}
 
+    def require(self) -> None:
+        """Raises MissingError where something that the stage needs is not installed."""
+
+    def check(self, model: Model) -> None:
+        """Raises what the stage would raise for any model of this architecture, whatever its weights: asked before
+        anything is trained. model: on the CPU, in eval mode."""
+
 
 class Reshape(Compression):
     """Makes a smaller model. The new one's record rebuilds it (models/structure.py)."""

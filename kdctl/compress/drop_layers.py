@@ -46,18 +46,15 @@ class DropLayers(Reshape):
     ) -> None:
         self.ratio, self.blocks, self.choose, self.samples = ratio, blocks, choose, samples
 
+    def check(self, model: Model) -> None:
+        self._found(model)
+
     def reshape(self, model: Model, bench: Workbench) -> Reshaped:
         """The shallower model. Raises KdctlError where the net has no block that can go, ConfigError where it has
         fewer than are to go."""
         model = copy.deepcopy(model).cpu().float().eval()
-        found = residual_blocks(model)
-        if not found:
-            hint = "drop_layers is for nets with shortcuts; `prune` makes others narrower"
-            raise KdctlError("there is no residual block in this net that can be left out", hint=hint)
+        found = self._found(model)
         count = self._count(found, bench) if self.blocks is None else self.blocks
-        if count > len(found):
-            message = f"{count} blocks are to go, and there are {len(found)}: {', '.join(found)}"
-            raise ConfigError(Problem(message, key="blocks"))
         dropped, tried = self._choose(model, found, count, bench)
         result = without(model, dropped)
         details: dict[str, Any] = {
@@ -69,6 +66,17 @@ class DropLayers(Reshape):
             "parameters": [measured.parameters(m) for m in (model, result)],
         }
         return Reshaped(result, details)
+
+    def _found(self, model: Model) -> list[str]:
+        """The blocks that can go."""
+        found = residual_blocks(model)
+        if not found:
+            hint = "drop_layers is for nets with shortcuts; `prune` makes others narrower"
+            raise KdctlError("there is no residual block in this net that can be left out", hint=hint)
+        if self.blocks is not None and self.blocks > len(found):
+            message = f"{self.blocks} blocks are to go, and there are {len(found)}: {', '.join(found)}"
+            raise ConfigError(Problem(message, key="blocks"))
+        return found
 
     def _count(self, found: list[str], bench: Workbench) -> int:
         """How many blocks the ratio stands for: of several at least one, unless it is 0."""

@@ -70,15 +70,14 @@ class Prune(Reshape):
         self.ratio, self.of, self.importance, self.round_to, self.scope = ratio, of, importance, round_to, scope
         self.skip, self.latency_ms, self.samples, self.recalibrate = skip or [], latency_ms, samples, recalibrate
 
+    def check(self, model: Model) -> None:
+        _groups(self._follow(model))
+
     def reshape(self, model: Model, bench: Workbench) -> Reshaped:
         """The narrower model. Raises ConfigError for a pattern that names no layer or an importance that the net does
         not have, KdctlError where nothing can be removed, the budget cannot be met, or a layer breaks."""
-        if model.record.tokens is not None:
-            hint = "prune_heads, drop_layers and low_rank make models of texts smaller"
-            raise ConfigError(Problem("prune is for models of images so far; the model takes texts", hint=hint))
         model = copy.deepcopy(model).cpu().float().eval()
-        channels = follow(model)
-        self._check_skip(channels)
+        channels = self._follow(model)
         kept = _matching(channels, self.skip)
         channels.freeze({int(n) for layer in channels.layers if layer.path in kept for n in layer.outputs})
         broken: dict[str, str] = {}
@@ -96,12 +95,18 @@ class Prune(Reshape):
             details["recalibrated"] = recalibrate(result, bench, self.samples)
         return Reshaped(result, details | {"broken": broken} if broken else details)
 
+    def _follow(self, model: Model) -> Channels:
+        """Which channels go where in a net of images, and whether `skip` names layers of it."""
+        if model.record.tokens is not None:
+            hint = "prune_heads, drop_layers and low_rank make models of texts smaller"
+            raise ConfigError(Problem("prune is for models of images so far; the model takes texts", hint=hint))
+        channels = follow(model)
+        self._check_skip(channels)
+        return channels
+
     def _attempt(self, model: Model, channels: Channels, bench: Workbench) -> tuple[Model | None, dict[str, Any]]:
         """The narrower model, or None and the error where it does not compute what it should."""
-        groups = channels.groups()
-        if not groups:
-            hint = "layers whose channels meet an unknown operation, a layer normalisation or the classes stay"
-            raise KdctlError("there is nothing to prune in this net", hint=hint)
+        groups = _groups(channels)
         costs = Costs(channels, groups, _macs(model), measured.parameters(model))
         scores = importance(self.importance, model, channels, groups, bench, self.samples)
         round_to = self.round_to
@@ -191,6 +196,15 @@ class Prune(Reshape):
             if not _matching(channels, [pattern]):
                 names = ", ".join([layer.path for layer in channels.layers if not layer.is_norm][:6])
                 raise ConfigError(Problem(f"no layer is called '{pattern}'; there are {names}, ...", key="skip"))
+
+
+def _groups(channels: Channels) -> list[Group]:
+    """The units that go together. Raises KdctlError where there are none."""
+    groups = channels.groups()
+    if not groups:
+        hint = "layers whose channels meet an unknown operation, a layer normalisation or the classes stay"
+        raise KdctlError("there is nothing to prune in this net", hint=hint)
+    return groups
 
 
 def within(

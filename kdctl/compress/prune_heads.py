@@ -103,6 +103,11 @@ class PruneHeads(Reshape):
         self.heads, self.units, self.importance, self.scope = heads, units, importance, scope
         self.round_to, self.samples = round_to, samples
 
+    def check(self, model: Model) -> None:
+        attention, forward = attentions(model.net), feed_forwards(model.net)
+        self._check_found(model, attention, forward)
+        self._counts(attention, forward)
+
     def reshape(self, model: Model, bench: Workbench) -> Reshaped:
         """The narrower model. Raises ConfigError where it has no such layers or fewer heads or units than are to go,
         KdctlError where there is nothing to find their importance with or the result does not compute what it should.

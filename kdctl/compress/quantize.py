@@ -80,6 +80,12 @@ class Quantize(Compressor):
         if mode != "auto" or dtype != "int8":
             self.exporter.check(Quantization(dtype=dtype, mode="weight_only" if mode == "auto" else mode))
 
+    def require(self) -> None:
+        self.exporter.require()
+
+    def check(self, model: Model) -> None:
+        matching(model.net, self.keep)
+
     def convert(
         self,
         model: Model,

@@ -40,6 +40,9 @@ class Sparsify(Reshape):
     ) -> None:
         self.sparsity, self.pattern, self.scope, self.skip = sparsity, pattern, scope, skip or []
 
+    def check(self, model: Model) -> None:
+        masks.weights(model.net, self.skip, self.pattern)
+
     def reshape(self, model: Model, bench: Workbench) -> Reshaped:
         """The sparse model. Raises ConfigError for a pattern in skip that names no layer, KdctlError where no layer can
         have the zeros."""

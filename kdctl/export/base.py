@@ -121,6 +121,9 @@ class Exporter:
     takes_learned: ClassVar[bool] = False
     of_texts: ClassVar[tuple[str, ...]] = ()
 
+    def require(self) -> None:
+        """Raises MissingError where what makes and runs its files is not installed."""
+
     def convert(
         self,
         model: Model,

@@ -23,6 +23,7 @@ import numpy as np
 
 from kdctl import runs
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
+from kdctl.export import elsewhere
 from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization
 from kdctl.export.manifest import preprocessing
 from kdctl.export.onnx import quiet
@@ -54,6 +55,9 @@ class ExecuTorch(Exporter):
     file_name = "model.pte"
     takes_learned = True
     quantizations = ("int8-static", "int8-dynamic")
+
+    def require(self) -> None:
+        elsewhere.python_of(TARGET, converting=True)
 
     def check(self, quantization: Quantization | None) -> None:
         super().check(quantization)

@@ -22,6 +22,7 @@ import numpy as np
 
 from kdctl import runs
 from kdctl.errors import ConfigError, KdctlError, MissingError, Problem
+from kdctl.export import elsewhere
 from kdctl.export.base import Contents, Exporter, FilePredictor, Floats, Quantization, available_cores
 from kdctl.export.executorch import check_choices, silent
 from kdctl.export.manifest import preprocessing
@@ -49,6 +50,9 @@ class LiteRt(Exporter):
     target = TARGET
     file_name = "model.tflite"
     quantizations = ("int8-static", "int8-dynamic", "int8-weight_only", "int4-weight_only", "fp16")
+
+    def require(self) -> None:
+        elsewhere.python_of(TARGET, converting=True)
 
     def check(self, quantization: Quantization | None) -> None:
         super().check(quantization)

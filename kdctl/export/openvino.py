@@ -41,6 +41,9 @@ class OpenVino(Exporter):
     takes_learned = True
     quantizations = ("int8-static", "int8-dynamic", "int8-weight_only", "int4-weight_only", "fp16", "bf16")
 
+    def require(self) -> None:
+        library()
+
     def convert(
         self,
         model: Model,
