@@ -116,6 +116,9 @@ class PruneHeads(Reshape):
         attention, forward = attentions(model.net), feed_forwards(model.net)
         self._check_found(model, attention, forward)
         heads, units = self._counts(attention, forward)
+        for share, count, what in ((self.heads, heads, "heads"), (self.units, units, "feed-forward units")):
+            if share and not count:
+                bench.say(f"prune_heads: {share:g} of the {what} rounds to none: all of them stay")
         parts = [*(attention if heads else []), *(forward if units else [])]
         scores = dict(zip(parts, self._scores(model, parts, bench), strict=True))
         gone: dict[Part, list[int]] = {}

@@ -217,6 +217,16 @@ def test_options_that_mean_nothing_are_refused():
         PruneHeads().reshape(model, empty)
 
 
+def test_a_share_of_less_than_one_head_is_told():
+    model = make("bert")
+    said: list[str] = []
+    tools = dataclasses.replace(bench(model), say=said.append)
+    details = PruneHeads(heads=0.05, units=0.25, importance="magnitude").reshape(model, tools).details
+    assert said == ["prune_heads: 0.05 of the heads rounds to none: all of them stay"]
+    assert all(before == after for before, after in details["heads"].values())
+    assert any(before > after for before, after in details["units"].values())
+
+
 def test_a_net_that_does_more_between_is_refused(monkeypatch):
     monkeypatch.setattr("kdctl.models.bert._Intermediate.forward", lambda self, x: self.dense(x).softmax(-1))
     model = make("bert")
