@@ -85,6 +85,8 @@ class Quantize(Compressor):
 
     def check(self, model: Model) -> None:
         matching(model.net, self.keep)
+        if model.record.tokens is not None:
+            self.exporter.check_texts("fp32")
 
     def convert(
         self,

@@ -61,6 +61,29 @@ def test_a_runtime_that_is_not_installed(refused: Callable[..., Any], monkeypatc
     assert "litert is not installed" in str(refused("export=[{kind: litert}]", MissingError))
 
 
+TEXTS = """
+name: small
+task: {kind: text_classification}
+data: {kind: text, root: ., max_length: 8, vocab_size: 40, val_fraction: 0.2}
+student: {kind: bert, depth: 1, width: 8, heads: 2}
+train: {epochs: 1, device: cpu, threads: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["export=[{kind: torchscript}]", "compress=[{kind: quantize, target: openvino}]", "compress=[{kind: prune}]"],
+)
+def test_models_of_texts_where_only_those_of_images_are_taken(
+    override: str, folder: Path, experiment: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr(openvino, "library", lambda: None)
+    (folder / "train.tsv").write_text("text\tlabel\n" + "good film\t1\nbad film\t0\n" * 20)
+    with pytest.raises(ConfigError, match="models of images so far; the model takes texts"):
+        train(Plan(experiment(override, text=TEXTS), ""), Untrained())
+
+
 def test_later_stages_and_what_can_be_made_are_let_through(run_it: Callable[..., Any]) -> None:
     stages = "compress=[{kind: prune, round_to: 2}, {kind: finetune, epochs: 1}, {kind: sparsify}]"
     assert run_it(stages, "train.epochs=1")[1]["status"] == "done"
