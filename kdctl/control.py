@@ -14,7 +14,6 @@ from kdctl.errors import ConfigError, Problem, UsageError, did_you_mean
 from kdctl.losses.base import Loss
 from kdctl.methods.base import Method
 from kdctl.runs import Run
-from kdctl.signals import IGNORE
 from kdctl.tasks.base import Task
 
 SHARED = "teachers"
@@ -78,7 +77,7 @@ def _check_labels(alone: Experiment, data: Data) -> None:
     """Refuses a student alone that no label would teach."""
     for stage in alone.train_stages:
         told = any(not _class(spec).needs_targets for spec in stage.losses)
-        if not told and not bool((data.for_stage(stage.data).train.strata != IGNORE).any()):
+        if not told and not data.for_stage(stage.data).train.has_labels:
             message = "no training sample has a label: without a teacher the student would learn nothing"
             raise ConfigError(Problem(message, key="data", hint="leave out the controls, or label some samples"))
 

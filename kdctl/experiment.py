@@ -23,7 +23,6 @@ from kdctl.pipeline import run_stages
 from kdctl.probe import choose
 from kdctl.report.card import write_card
 from kdctl.runs import Run
-from kdctl.signals import IGNORE
 from kdctl.watch import Reporter
 
 
@@ -64,7 +63,7 @@ def train(plan: Plan, reporter: Reporter) -> dict[str, Any]:
         run = _create_run(experiment, plan.source, "main", None, plan.run_dir, agents=plan.agents)
         reporter.say(f"run {run}")
         return _run_new(run, experiment, reporter, data)
-    if not bool((data.split(data.measured).strata != IGNORE).any()):
+    if not data.split(data.measured).has_labels:
         message = "no sample has a label, and the runs of a group are compared by a metric"
         hint = "single runs, train.seed=1, need none: leave out --seeds and --controls"
         raise ConfigError(Problem(message, key="data", hint=hint))

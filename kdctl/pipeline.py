@@ -28,7 +28,7 @@ from kdctl.errors import Interrupted, MissingError, Problem, counted
 from kdctl.evaluate import ask, metrics
 from kdctl.fit import Progress, fit
 from kdctl.loggers.base import Listeners
-from kdctl.models.record import Model, build_model, load_model, save_model
+from kdctl.models.record import build_model, load_model, save_model
 from kdctl.provenance import write_provenance
 from kdctl.report.card import write_card
 from kdctl.runs import Run
@@ -93,7 +93,7 @@ def _run_stages(
     if data.tokenizer is not None:
         runs.write_text(run / TOKENIZER, data.tokenizer)
     if not (run / "summary.json").exists():
-        check_ahead(experiment, lambda: _as_it_begins(experiment, data))
+        check_ahead(experiment, data)
     for stage in experiment.train_stages:
         if stage.role != "compressed" and run.info["stages"].get(stage.name) != "done":
             _train(run, experiment, stage, data, reporter, stop)
@@ -105,13 +105,6 @@ def _run_stages(
         made = run_products(yardstick, [stage.name for stage in experiment.products], reporter, stop)
     write_card(run)
     return runs.read_json(run / "summary.json") | {"artefacts": made}
-
-
-def _as_it_begins(experiment: Experiment, data: Data) -> Model:
-    """The student that is shipped, before it trains; of a model that another stage makes, the net alone."""
-    spec = experiment.student_stage.student or experiment.student
-    with torch.random.fork_rng([]):
-        return build.build_model(spec.model_copy(update={"weights": None, "stage": None}), data, "student")
 
 
 def run_products(

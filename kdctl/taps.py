@@ -45,7 +45,8 @@ class _Tap:
 class _Recording:
     features: dict[str, Tensor] = field(default_factory=dict)
     calls: Counter[_Tap] = field(default_factory=Counter)
-    originals: list[tuple[tuple[str, bool], Tensor, int]] = field(default_factory=list)
+    originals: list[tuple[tuple[str, bool], Tensor, int, Tensor]] = field(default_factory=list)
+    """Of each tap and mode: the tensor, its version when it was met, and what is kept of it."""
 
     def restart(self) -> None:
         self.features.clear()
@@ -144,21 +145,26 @@ class Taps:
             recording.features[tap.text] = self._kept(recording, tap, self._select(tap, value))
 
     def _kept(self, recording: _Recording, tap: _Tap, value: Tensor) -> Tensor:
-        """The tensor itself once a forward has shown that nothing overwrites it in place; until then a copy.
+        """The tensor itself once a forward has shown that nothing overwrites it in place; until then a copy, for which
+        it stands in after a forward that has not: the order in which gradients are summed is the graph's, which must
+        be the same in the first forward of a process, a resumed one, say, as in any other.
 
         Eval and train mode are told apart: what is in place in one (dropout) may do nothing in the other.
         """
         if value.is_inference():
             return value.clone()
         key = (tap.text, self._model.training)
-        recording.originals.append((key, value, value._version))
-        return value if key in self._unchanged else value.clone()
+        kept = value if key in self._unchanged else value.clone()
+        recording.originals.append((key, value, value._version, kept))
+        return kept
 
     def _finish(self, recording: _Recording) -> None:
         problems = [_not_reached(t, recording.calls[t]) for t in self._taps if t.text not in recording.features]
-        for key, value, version in recording.originals:
+        for key, value, version, kept in recording.originals:
             if value._version == version:
                 self._unchanged.add(key)
+                if recording.features.get(key[0]) is kept:
+                    recording.features[key[0]] = value
             elif key in self._unchanged:
                 self._unchanged.discard(key)
                 hint = "the model's layers differ from forward to forward: tap the input of a later module"

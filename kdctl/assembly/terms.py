@@ -20,7 +20,7 @@ from kdctl.losses.tokens import check_padding
 from kdctl.methods.base import Term
 from kdctl.models.record import Model
 from kdctl.optim.schedules import WeightSchedule
-from kdctl.signals import IGNORE, Batch, Signals
+from kdctl.signals import Batch, Signals
 from kdctl.taps import Taps
 from kdctl.taps import check as check_tap
 from kdctl.tasks.base import Task
@@ -228,7 +228,7 @@ def check_accumulation(terms: Sequence[Term], stage: TrainStage) -> None:
 
 def check_labels(terms: Sequence[Term], train: Split) -> None:
     """Refuses terms that learn from labels alone where no training sample has one."""
-    if terms and all(term.loss.needs_targets for term in terms) and not bool((train.strata != IGNORE).any()):
+    if terms and all(term.loss.needs_targets for term in terms) and not train.has_labels:
         message = "no training sample has a label, and every term learns from labels"
         raise ConfigError(Problem(message, key="data", hint="label some samples, or add a term such as kd"))
 

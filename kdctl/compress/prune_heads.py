@@ -104,18 +104,14 @@ class PruneHeads(Reshape):
         self.round_to, self.samples = round_to, samples
 
     def check(self, model: Model) -> None:
-        attention, forward = attentions(model.net), feed_forwards(model.net)
-        self._check_found(model, attention, forward)
-        self._counts(attention, forward)
+        self._wanted(model)
 
     def reshape(self, model: Model, bench: Workbench) -> Reshaped:
         """The narrower model. Raises ConfigError where it has no such layers or fewer heads or units than are to go,
         KdctlError where there is nothing to find their importance with or the result does not compute what it should.
         """
         model = copy.deepcopy(model).cpu().float().eval()
-        attention, forward = attentions(model.net), feed_forwards(model.net)
-        self._check_found(model, attention, forward)
-        heads, units = self._counts(attention, forward)
+        attention, forward, heads, units = self._wanted(model)
         for share, count, what in ((self.heads, heads, "heads"), (self.units, units, "feed-forward units")):
             if share and not count:
                 bench.say(f"prune_heads: {share:g} of the {what} rounds to none: all of them stay")
@@ -139,12 +135,15 @@ class PruneHeads(Reshape):
         }
         return Reshaped(result, details)
 
-    def _check_found(self, model: Model, attention: list[Part], forward: list[Part]) -> None:
+    def _wanted(self, model: Model) -> tuple[list[Part], list[Part], int, int]:
+        """The layers of attention, the feed-forward ones, and how many heads and units of them are to go."""
+        attention, forward = attentions(model.net), feed_forwards(model.net)
         for key, found, what in (("heads", attention, "attention"), ("units", forward, "feed-forward layer")):
             if getattr(self, key) and not found:
                 message = f"the model ({model.record.kind}) has no {what} that prune_heads knows"
                 hint = "it is for transformers, before low_rank; `prune` makes other nets narrower"
                 raise ConfigError(Problem(message, key=key, hint=hint))
+        return attention, forward, *self._counts(attention, forward)
 
     def _counts(self, attention: list[Part], forward: list[Part]) -> tuple[int, int]:
         """How many heads and units are to go. Raises ConfigError for more than can."""

@@ -90,6 +90,11 @@ class Split:
             return self.targets
         return torch.where(has_label(self.targets), 0, IGNORE)
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether any sample has a label."""
+        return bool((self.strata != IGNORE).any())
+
     def posed(self, rows: Tensor, inputs: Tensor, view: Tensor) -> Posed:
         """The samples at these rows, with their inputs (n, ...) and views (n,), as a model is asked about them."""
         return Posed(inputs, self.targets[rows])

@@ -79,7 +79,7 @@ class Data:
     def measured(self) -> str:
         """The split that a run is measured on: test, else validation, else training; the first with a label, if any."""
         there = {n: s for n, s in (("test", self.test), ("val", self.val), ("train", self.train)) if s is not None}
-        labelled = [name for name, split in there.items() if bool((split.strata != IGNORE).any())]
+        labelled = [name for name, split in there.items() if split.has_labels]
         return (labelled or list(there))[0]
 
     def split(self, name: str) -> Split:

@@ -84,6 +84,22 @@ def test_models_of_texts_where_only_those_of_images_are_taken(
         train(Plan(experiment(override, text=TEXTS), ""), Untrained())
 
 
+SIMKD = (
+    "method={kind: simkd}", "distill=null", "teacher.train=null", "teacher.control=true",
+    "losses=[{kind: fitnet, regressor: none, taps: [{student: projector, teacher: layer3}]}]",
+)  # fmt: skip
+
+
+def test_a_layer_that_the_net_has_later_is_no_mistake(run_it: Callable[..., Any], folder: Path) -> None:
+    keep = "compress=[{kind: quantize, name: int8, keep: [LAYER]}]"
+    _, document = run_it(*SIMKD, keep.replace("LAYER", "projector"), "train.epochs=1")
+    assert [a["variant"] for a in document["artefacts"]] == ["int8"]
+    run, _ = run_it("compress=[{kind: low_rank, name: small, keep_ratio: 0.5, round_to: 1}]", "train.epochs=1")
+    given = f"student.weights={run / 'artefacts' / 'small' / 'model.safetensors'}"
+    _, document = run_it(given, "train.epochs=1", keep.replace("LAYER", "layer2.conv.0"))
+    assert document["status"] == "done"
+
+
 def test_later_stages_and_what_can_be_made_are_let_through(run_it: Callable[..., Any]) -> None:
     stages = "compress=[{kind: prune, round_to: 2}, {kind: finetune, epochs: 1}, {kind: sparsify}]"
     assert run_it(stages, "train.epochs=1")[1]["status"] == "done"
