@@ -119,7 +119,8 @@ def goes_or_is_refused(pair: Pair) -> None:
 
 
 def _check_same(again: dict[str, float], told: dict[str, float]) -> None:
-    assert told and {name: again[name] for name in told} == pytest.approx(told, rel=2e-6, nan_ok=True)
+    """1e-5: correlations of answers that are all but constant have no more digits in fp32."""
+    assert told and {name: again[name] for name in told} == pytest.approx(told, rel=1e-5, nan_ok=True)
 
 
 def _told_in_training(run: runs.Run) -> dict[str, float] | None:
